@@ -81,6 +81,8 @@ def run(main):
     """Run a script's main: an error this project raised on purpose prints as one line, any other with its traceback."""
     try:
         main()
+        if dist.is_initialized():  # all ranks leave together: one that closes its connections early kills the others
+            dist.barrier()
     except KeyboardInterrupt:
         sys.exit("interrupted; whatever was saved stays")
     except (ValueError, OSError, FloatingPointError) as e:

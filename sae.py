@@ -150,30 +150,39 @@ def check_pair(teacher, sae, layer):
 
 # ---- concept labels --------------------------------------------------------------------------------------------------
 
+def attribution(teacher, sae, idx, targets, layer):
+    """s_i = a_i * (g . W_dec_i) of each token's K active latents: idx, targets (B,T) -> scores (B,T,K) fp32, indices (B,T,K).
+
+    Exact, for less work: the blocks up to `layer` run without a graph, the others back-propagate to r only (no parameter
+    gradient), and of the C latents only the active ones are scored: the others have a_i = 0. The factor std(r) > 0 that
+    turns s_i into the loss's change in r's own scale is left out: it cannot change a token's order."""
+    with torch.no_grad():
+        r = residual(teacher, idx, layer)
+        with torch.autocast(r.device.type, enabled=False):
+            values, indices = sae.encode(r)
+    with torch.enable_grad():
+        r.requires_grad_()
+        g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
+    with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
+        return values * (sae.decoder[indices] @ g.float().unsqueeze(-1)).squeeze(-1), indices
+
+
 def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attribution"):
     """The concepts each token is to predict: idx, targets (B,T) int64 -> (B,T,n_labels) int64, best first, -1 = none.
 
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i. Only latents whose
-    score is above 0 become labels; the last position has no gradient, so none by attribution. Exact, for less work: the
-    blocks up to `layer` run without a graph, the rest back-propagates to r only (no parameter gradient), and of the C
-    latents only the K active ones, all others having a_i = 0, are scored.
+    score is above 0 become labels: the last position has no gradient, hence no label unless by activation.
     ValueError for a teacher with concepts, a layer it lacks, an SAE of another width, or a wrong ranking or label count."""
     check_pair(teacher, sae, layer)
     if rank_by not in RANKINGS:
         raise ValueError(f"rank_by={rank_by!r} is none of {', '.join(RANKINGS)}")
     if not 1 <= n_labels <= sae.k:
         raise ValueError(f"n_labels={n_labels} must lie between 1 and the SAE's k={sae.k}")
-    with torch.no_grad():
-        r = residual(teacher, idx, layer)
-    with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
-        values, indices = sae.encode(r)  # (B,T,K)
-    scores = values
-    if rank_by != "activation":
-        with torch.enable_grad():
-            r.requires_grad_()
-            g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
-        with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
-            scores = values * (sae.decoder[indices] @ g.float().unsqueeze(-1)).squeeze(-1)  # s_i; std > 0 cannot change the order
+    if rank_by == "activation":
+        with torch.no_grad(), torch.autocast(idx.device.type, enabled=False):
+            scores, indices = sae.encode(residual(teacher, idx, layer))
+    else:
+        scores, indices = attribution(teacher, sae, idx, targets, layer)
         scores = {"attribution": scores, "negative": -scores, "absolute": scores.abs()}[rank_by]
     best, at = scores.topk(n_labels)
     return indices.gather(-1, at).masked_fill(best <= 0, -1)

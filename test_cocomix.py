@@ -1,0 +1,865 @@
+"""Every test compares with something independent: loops written from the equations, finite differences, files made by
+hand, one process against two. Offline, on the CPU: `pytest`. Tests that need a GPU skip themselves."""
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+import torch.nn.functional as F
+
+import data as data_module
+from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, top_k
+from data import (DataSettings, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
+from sae import (Labeler, SAESettings, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
+from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
+
+HERE = Path(__file__).parent
+torch.set_num_threads(1)  # tiny tensors: threads only cost, and bit-exact comparisons need a fixed number
+V, T, D = 257, 16, 32
+SMALL = dict(block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=D, insert_layer=2, n_concepts=64, k_concepts=5)
+
+
+def small(mix="concept", seed=0, scale=8.0, **changes):
+    """A small model whose weights are large enough that every term of the equations shows in its output."""
+    torch.manual_seed(seed)
+    model = CoCoMix(CoCoMixConfig(**{**SMALL, "mix": mix, **changes}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn_like(p) * 0.02 * scale + (1 if p.dim() == 1 and (p == 1).all() else 0))
+    return model
+
+
+def tokens(*shape, seed=0):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+def slow_gpt(model, idx):
+    """The equations in numpy float64, one position at a time: (T,) ids -> (T,V) logits, (T,C) concept logits or None."""
+    c, w = model.config, {k: v.detach().double().numpy() for k, v in model.state_dict().items()}
+
+    def norm(x, name):
+        return (x - x.mean()) / np.sqrt(((x - x.mean()) ** 2).mean() + 1e-5) * w[name + ".weight"] + w[name + ".bias"]
+
+    def block(xs, i):
+        p, hd, out = f"h.{i}.", c.n_embd // c.n_head, []
+        qkv = [w[p + "attn.c_attn.weight"] @ norm(x, p + "ln_1") + w[p + "attn.c_attn.bias"] for x in xs]
+        for t, x in enumerate(xs):
+            y = np.zeros(c.n_embd)
+            for head in range(c.n_head):
+                at = slice(head * hd, (head + 1) * hd)
+                q = qkv[t][:c.n_embd][at]
+                scores = np.array([q @ qkv[s][c.n_embd:2 * c.n_embd][at] / np.sqrt(hd) for s in range(t + 1)])
+                weights = np.exp(scores - scores.max())
+                y[at] = sum(a * qkv[s][2 * c.n_embd:][at] for s, a in enumerate(weights / weights.sum()))
+            x = x + w[p + "attn.c_proj.weight"] @ y + w[p + "attn.c_proj.bias"]
+            u = w[p + "mlp.c_fc.weight"] @ norm(x, p + "ln_2") + w[p + "mlp.c_fc.bias"]
+            u = 0.5 * u * (1 + np.tanh(np.sqrt(2 / np.pi) * (u + 0.044715 * u ** 3)))
+            out.append(x + w[p + "mlp.c_proj.weight"] @ u + w[p + "mlp.c_proj.bias"])
+        return out
+
+    xs, zs = [w["wte.weight"][i] + w["wpe.weight"][t] for t, i in enumerate(idx.tolist())], []
+    for i in range(c.n_layer):
+        if c.mix != "none" and i == c.insert_layer:
+            mixed = []
+            for h in xs:
+                if c.mix == "pause":
+                    vector = w["pause"]
+                else:
+                    mu, std = h.mean(), h.std(ddof=1)
+                    z = w["concept_predictor.weight"] @ ((h - mu) / (std + 1e-5) - w["pre_bias"]) + w["concept_predictor.bias"]
+                    kept = np.zeros_like(z)
+                    winners = np.argsort(-z)[:c.k_concepts]
+                    kept[winners] = z[winners]
+                    vector = (w["compress_layer.weight"].T @ kept + w["compress_layer.bias"] + w["pre_bias"]) * std + mu
+                    zs.append(z)
+                mixed += [h, h + vector if c.concept_residual else vector]
+            xs = mixed
+        xs = block(xs, i)
+    xs = xs if c.mix == "none" else xs[1::2]
+    return np.stack([w["wte.weight"] @ norm(x, "ln_f") for x in xs]), np.stack(zs) if zs else None
+
+
+@pytest.mark.parametrize("mix,changes", [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0}), ("concept", {"insert_layer": 3}),
+                                         ("concept", {"concept_residual": True}), ("pause", {"concept_residual": True})])
+def test_model_is_the_slow_loop(mix, changes):
+    model, idx = small(mix, **changes), tokens(2, T)
+    out = model(idx)
+    for b in range(2):
+        logits, z = slow_gpt(model, idx[b])
+        np.testing.assert_allclose(out.logits[b].detach(), logits, atol=2e-4, rtol=1e-4)
+        if z is not None:
+            np.testing.assert_allclose(out.concept_logits[b].detach(), z, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_is_token_loss_plus_weighted_concept_loss_and_ignores_minus_one():
+    model, idx, targets, labels = small(concept_weight=0.3), tokens(3, T), tokens(3, T, seed=1), tokens(3, T, 4, seed=2) % 64
+    targets[0, :5], labels[1, :, 2:] = -1, -1
+    out = model(idx, targets, labels)
+    logp, z = torch.log_softmax(out.logits.double(), -1), out.concept_logits
+    want = -np.mean([logp[b, t, targets[b, t]].item() for b in range(3) for t in range(T) if targets[b, t] >= 0])
+    assert out.ntp_loss.item() == pytest.approx(want, rel=1e-5)
+    assert out.concept_loss.item() == pytest.approx(concept_loss(z, labels).item())
+    assert out.loss.item() == pytest.approx(out.ntp_loss.item() + 0.3 * out.concept_loss.item(), rel=1e-6)
+    assert model(idx, torch.full_like(targets, -1)).ntp_loss.item() == 0
+    assert model(idx).loss is None and model(idx, targets).concept_loss is None
+
+
+def test_interleave_and_its_inverse():
+    h, c = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
+    x = interleave(h, c)
+    for t in range(3):
+        assert torch.equal(x[:, 2 * t], h[:, t]) and torch.equal(x[:, 2 * t + 1], c[:, t])
+    assert torch.equal(x[:, 0::2], h) and torch.equal(x[:, 1::2], c)
+
+
+@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
+def test_no_logit_sees_a_later_token(mix):
+    model, idx = small(mix), tokens(1, T)
+    before = model(idx)
+    for t in (1, 7, T - 1):
+        changed = idx.clone()
+        changed[0, t] = (changed[0, t] + 1) % V
+        after = model(changed)
+        assert torch.allclose(before.logits[:, :t], after.logits[:, :t], atol=1e-5)
+        assert not torch.allclose(before.logits[:, t], after.logits[:, t], atol=1e-3)
+        if mix == "concept":
+            assert torch.allclose(before.concept_logits[:, :t], after.concept_logits[:, :t], atol=1e-5)
+
+
+def test_token_loss_trains_the_concept_predictor():
+    model = small()
+    model(tokens(2, T), tokens(2, T, seed=1)).ntp_loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    chosen = model.concept_predictor.bias.grad != 0  # only winners pass the top-k
+    assert 5 <= chosen.sum() < 64
+
+
+def test_sparse_mixing_is_dense_mixing():
+    torch.manual_seed(0)
+    rows, z = torch.randn(64, D, requires_grad=True), torch.randn(2, 7, 64, requires_grad=True)
+    at = top_k(z, 5)
+    sparse = sparse_matmul(z.gather(-1, at), at, rows)
+    dense = (torch.zeros_like(z).scatter(-1, z.topk(5)[1], 1.0) * z) @ rows
+    assert torch.allclose(sparse, dense, atol=1e-5)
+    upstream = torch.randn_like(dense)
+    for a, b in zip(torch.autograd.grad(sparse, (rows, z), upstream), torch.autograd.grad(dense, (rows, z), upstream)):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("C,k", [(4096, 32), (2048, 32), (1024, 31), (1000, 7), (64, 5), (32, 32)])
+def test_two_stage_top_k_is_top_k(C, k):
+    z = torch.randn(3, 11, C, generator=torch.Generator().manual_seed(C))
+    assert torch.equal(top_k(z, k), z.topk(k).indices)
+    ties = (z * 2).round()  # many equal values: any choice is right if its values are
+    chosen = top_k(ties, k)
+    assert torch.equal(ties.gather(-1, chosen), ties.topk(k).values)
+    assert all(len(set(row)) == k for row in chosen.flatten(0, 1).tolist())
+
+
+def test_concept_loss_is_the_mean_of_separate_cross_entropies():
+    z, labels = torch.randn(2, 7, 64, requires_grad=True), tokens(2, 7, 4) % 64
+    separate = sum(F.cross_entropy(z.flatten(0, 1), labels[..., i].flatten()) for i in range(4)) / 4
+    assert torch.allclose(concept_loss(z, labels), separate)
+    labels[0, :, 1:], labels[1, 3] = -1, -1  # masked ones leave the sum and the count
+    each = [F.cross_entropy(z[b, t], labels[b, t, i]) for b in range(2) for t in range(7) for i in range(4) if labels[b, t, i] >= 0]
+    assert torch.allclose(concept_loss(z, labels), sum(each) / len(each))
+    none = concept_loss(z, torch.full_like(labels, -1))
+    none.backward()
+    assert none.item() == 0 and torch.equal(z.grad, torch.zeros_like(z))
+
+
+def test_one_overflow_among_the_losers_does_no_harm():
+    z = torch.randn(1, 1, 64)
+    z[0, 0, 3] = -torch.inf
+    model = small()
+    assert torch.isfinite(model.mix_concepts(z, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))).all()
+
+
+def test_flops_are_those_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    for mix in ("none", "pause", "concept"):
+        model = small(mix)
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(tokens(1, T))
+        mixing = 2 * D * SMALL["k_concepts"] if mix == "concept" else 0  # torch does not count embedding_bag
+        assert model.flops_per_token() == 3 * (counter.get_total_flops() / T + mixing)
+
+
+def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
+    model = CoCoMix(CoCoMixConfig(**{**SMALL, "n_embd": 256}))
+    decayed, spared = model.configure_optimizer(1e-3).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
+    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    assert all(names[id(p)].endswith("weight") and ".ln_" not in names[id(p)] for p in decayed["params"])
+    assert all(n.endswith("bias") or "ln_" in n for n in (names[id(p)] for p in spared["params"]))
+    assert model.num_parameters() == sum(p.numel() for g in (decayed, spared) for p in g["params"])
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.05)
+    assert model.compress_layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
+def test_generate_is_repeated_argmax_and_slides_past_the_block(mix):
+    model, prompt = small(mix), tokens(2, 3)
+    out, want = model.generate(prompt, T + 2, temperature=0), prompt
+    for _ in range(T + 2):
+        want = torch.cat([want, model(want[:, -T:]).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(out, want)
+    g = [model.generate(prompt, 5, temperature=1.0, top_k=3, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*g) and torch.equal(model.generate(prompt, 4, temperature=5.0, top_k=1), out[:, :7])
+
+
+def test_steering_adds_to_one_logit_at_generated_positions_only():
+    model, idx = small(), tokens(1, 6)
+    model.concept_max[9] = 2.5
+    delta = model.steering({9: 3.0}, 6, start=5)
+    assert delta[5, 9] == 7.5 and delta.abs().sum() == 7.5
+    assert torch.equal(model.generate(idx, 4, 0, steer={9: 0.0}), model.generate(idx, 4, 0))
+    assert torch.equal(model(idx, steer=delta).logits[:, :5], model(idx).logits[:, :5])
+    assert not torch.allclose(model(idx, steer=delta).logits[:, 5], model(idx).logits[:, 5])
+    for bad, words in (({64: 1.0}, "no concept 64"), ({0: float("nan")}, "finite")):
+        with pytest.raises(ValueError, match=words):
+            model.generate(idx, 1, steer=bad)
+    with pytest.raises(ValueError, match="mix='none'"):
+        small("none").generate(idx, 1, steer={0: 1.0})
+
+
+@pytest.mark.parametrize("changes,words", [({"insert_layer": 4}, "insert_layer=4"), ({"insert_layer": -1}, "insert_layer"), ({"k_concepts": 65}, "k_concepts"),
+                                           ({"n_head": 5}, "n_embd=32"), ({"mix": "stir"}, "stir"), ({"n_layer": 0}, "below 1")])
+def test_impossible_models_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        CoCoMixConfig(**{**SMALL, **changes})
+
+
+def test_model_refuses_long_inputs_and_labels_without_concepts():
+    with pytest.raises(ValueError, match="block_size=16"):
+        small()(tokens(1, T + 1))
+    with pytest.raises(ValueError, match="mix='none'"):
+        small("none")(tokens(1, T), concept_labels=tokens(1, T, 4))
+    with pytest.raises(ValueError, match="empty"):
+        small().generate(tokens(1, 0), 1)
+
+
+def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
+    model, idx = small(scale=2.0), tokens(2, T)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(idx, idx, tokens(2, T, 4) % 64)
+    out.loss.backward()
+    assert out.concept_logits.dtype == torch.float32 and all(torch.isfinite(p.grad).all() for p in model.parameters())
+    assert (out.logits.float() - model(idx).logits).abs().max() < 0.1 * model(idx).logits.std()
+
+
+# ---- concept labels --------------------------------------------------------------------------------------------------
+
+def teacher_and_sae(seed=0, n_latents=96, k=8):
+    teacher = small("none", seed=seed, n_layer=3, scale=6.0).eval()
+    torch.manual_seed(seed + 1)
+    sae = TopKSAE(D, n_latents, k)
+    with torch.no_grad():
+        sae.pre_bias.normal_(0, 0.1), sae.latent_bias.normal_(0, 0.1)
+    return teacher, sae.eval()
+
+
+def test_attribution_is_the_slope_of_the_teachers_loss():
+    (teacher, sae), idx, targets, layer, eps = teacher_and_sae(), tokens(1, 9), tokens(1, 9, seed=1), 1, 0.02
+    scores, indices = attribution(teacher, sae, idx, targets, layer)
+    assert all(p.grad is None for p in (*teacher.parameters(), *sae.parameters()))
+    with torch.no_grad():
+        r = residual(teacher, idx, layer)
+        values, again = sae.encode(r)
+        for t in range(9):
+            for j in range(sae.k):
+                step = torch.zeros_like(r)
+                step[0, t] = values[0, t, j] * sae.decoder[again[0, t, j]]
+                slope = (loss_from(teacher, r + eps * step, targets, layer) - loss_from(teacher, r - eps * step, targets, layer)) / (2 * eps)
+                assert scores[0, t, j].item() == pytest.approx(slope.item(), abs=3e-3, rel=2e-2)
+    assert scores.abs().max() > 0.1  # not a comparison of zeros
+
+
+def dense_labels(teacher, sae, idx, targets, layer, n, rank_by):
+    """The definition: full backward through the whole teacher, every one of the C latents scored."""
+    kept = {}
+    handle = teacher.h[layer].register_forward_hook(lambda module, args, out: kept.update(r=out) or out.retain_grad())
+    logits = teacher(idx).logits
+    handle.remove()
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1).backward()
+    with torch.no_grad():
+        r, g = kept["r"], kept["r"].grad
+        pre = ((r - r.mean(-1, keepdim=True)) / (r.std(-1, keepdim=True) + 1e-5) - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
+        a = torch.zeros_like(pre).scatter(-1, pre.topk(sae.k)[1], pre.topk(sae.k)[0].relu())
+        s = a if rank_by == "activation" else (g @ sae.decoder.T) * a * {"attribution": 1, "negative": -1, "absolute": 1}[rank_by]
+        s = s.abs() if rank_by == "absolute" else s
+    best, at = s.topk(n)
+    return at.masked_fill(best <= 0, -1)
+
+
+@pytest.mark.parametrize("rank_by", ["attribution", "negative", "absolute", "activation"])
+def test_efficient_labels_are_the_dense_definition(rank_by):
+    (teacher, sae), idx, targets = teacher_and_sae(), tokens(4, T), tokens(4, T, seed=1)
+    targets[0, 3] = -1
+    labels = concept_labels(teacher, sae, idx, targets, 1, 4, rank_by)
+    assert torch.equal(labels, dense_labels(teacher, sae, idx, targets, 1, 4, rank_by))
+    assert labels.dtype == torch.int64 and labels.shape == (4, T, 4) and (labels >= 0).any()
+    ends_here = concept_labels(teacher, sae, idx, torch.where(torch.arange(T) == T - 1, -1, targets), 1, 4, rank_by)[:, -1]
+    assert (ends_here == -1).all() == (rank_by != "activation")  # nothing after it: no gradient, no label
+
+
+def test_labels_look_ahead_but_the_teacher_keeps_no_graph():
+    teacher, sae = teacher_and_sae()
+    idx, targets = tokens(1, T), tokens(1, T, seed=1)
+    later = targets.clone()
+    later[0, -4:] = (later[0, -4:] + 100) % V
+    assert not torch.equal(concept_labels(teacher, sae, idx, targets, 1)[0, :8], concept_labels(teacher, sae, idx, later, 1)[0, :8])
+    assert not concept_labels(teacher, sae, idx, targets, 1).requires_grad and all(p.grad is None for p in teacher.parameters())
+
+
+def test_labeler_keeps_what_it_made():
+    teacher, sae = teacher_and_sae()
+    labeler, idx, targets = Labeler(teacher, sae, 1, keep=True), tokens(3, T), tokens(3, T, seed=1)
+    first = labeler(idx, targets, [4, 8, 2])
+    labeler.teacher = None  # a second call must not need it
+    assert torch.equal(labeler(idx.flip(0), targets.flip(0), [2, 8, 4]), first.flip(0)) and (first == -1).any()
+
+
+def test_wrong_pairs_are_refused():
+    teacher, sae = teacher_and_sae()
+    idx = tokens(1, T)
+    for arguments, words in (((teacher, TopKSAE(D + 1, 96, 8), idx, idx, 1), "width 33"), ((teacher, sae, idx, idx, 3), "layer=3"),
+                             ((small(), sae, idx, idx, 1), "plain GPT"), ((teacher, sae, idx, idx, 1, 9), "n_labels=9"),
+                             ((teacher, sae, idx, idx, 1, 4, "luck"), "luck")):
+        with pytest.raises(ValueError, match=words):
+            concept_labels(*arguments)
+
+
+# ---- the SAE ---------------------------------------------------------------------------------------------------------
+
+def test_sae_gradients_are_those_of_the_dense_form():
+    torch.manual_seed(0)
+    sae, x = TopKSAE(D, 96, 8, dead_after=5), torch.randn(3, 5, D) * 4 + 1
+    with torch.no_grad():
+        sae.pre_bias.normal_(0, 0.1), sae.latent_bias.normal_(0, 0.1), sae.encoder.normal_(0, 0.3)
+        sae.idle[:40] = 6  # dead
+    out = sae.train()(x)
+    got = torch.autograd.grad(out.loss, list(sae.parameters()))
+    r = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
+    pre = (r - sae.pre_bias) @ sae.encoder.T + sae.latent_bias
+    a = pre.relu() * torch.zeros_like(pre).scatter(-1, pre.topk(8)[1], 1)
+    error = r - (a @ sae.decoder + sae.pre_bias)
+    dead = pre.masked_fill(torch.arange(96) >= 40, -1e9)
+    a_dead = dead.relu() * torch.zeros_like(pre).scatter(-1, dead.topk(D // 2)[1], 1)
+    aux = (error.detach() - a_dead @ sae.decoder).square().mean() / error.detach().square().mean()
+    loss = error.square().mean() + aux / 32
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-5) and out.aux_loss.item() == pytest.approx(aux.item(), rel=1e-5)
+    for g, want in zip(got, torch.autograd.grad(loss, list(sae.parameters()))):
+        assert torch.allclose(g, want, atol=1e-6, rtol=1e-4)
+    flat = r.flatten(0, 1)
+    assert out.fvu.item() == pytest.approx((error.square().sum() / (flat - flat.mean(0)).square().sum()).item(), rel=1e-5)
+    scale = x.std(-1, keepdim=True)
+    assert torch.allclose(out.reconstruction, (a @ sae.decoder + sae.pre_bias) * scale + x.mean(-1, keepdim=True), atol=1e-4)
+    values, indices = sae.encode(x)
+    assert torch.equal(values, out.values) and torch.equal(indices, out.indices) and (values >= 0).all() and values.shape == (3, 5, 8)
+    assert torch.allclose(sae.decode(values, indices, x.mean(-1, keepdim=True), scale), out.reconstruction, atol=1e-5)
+
+
+@pytest.mark.parametrize("aux_weight,revived", [(1 / 32, True), (0.0, False)])
+def test_dead_latents_revive_through_the_auxiliary_loss_and_rows_stay_unit(aux_weight, revived):
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(40, D), dim=-1)
+    sae = TopKSAE(D, 64, 4, aux_weight=aux_weight, dead_after=500).train()
+    with torch.no_grad():
+        sae.latent_bias[:32] = -2.0  # half of the latents start too low to win
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for step in range(400):
+        x = (torch.rand(64, 40) * (torch.rand(64, 40) < 0.1)) @ features * 5 + 0.01 * torch.randn(64, D)
+        out = sae(x)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.after_step(out.values, out.indices)
+        assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(64), atol=1e-5)
+        if step == 20:
+            assert sae.dead_fraction() > 0.3
+    assert (sae.dead_fraction() < 0.25) == revived
+
+
+def test_idle_counts_tokens_since_each_latent_fired():
+    sae = TopKSAE(D, 6, 2, dead_after=7)
+    sae.after_step(torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([[0, 1], [0, 2]]))  # latent 2 was chosen with activation 0
+    sae.after_step(torch.tensor([[1.0, 1.0]] * 6), torch.tensor([[1, 3]] * 6))
+    assert sae.idle.tolist() == [6, 0, 8, 0, 8, 8] and sae.dead_fraction() == 0.5
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def write_shard(path, ids, magic=20240520, count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, 1, len(ids) if count is None else count
+    Path(path).write_bytes(header.tobytes() + np.array(ids, "<u2").tobytes())
+
+
+def numbered(folder, sizes, T=4, vocab=50257):
+    """Shards whose tokens count up, so that each window names itself by its first token."""
+    folder.mkdir(exist_ok=True)
+    start = 0
+    for i, size in enumerate(sizes):
+        write_shard(folder / f"x_train_{i:06d}.bin", range(start, start + size))
+        start += size
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": vocab}))
+    return folder
+
+
+def test_every_window_comes_once_an_epoch_over_all_ranks(tmp_path):
+    windows = Windows(numbered(tmp_path / "d", [53, 4, 27]), "train", 4, seed=3)
+    assert len(windows) == 15  # 10 + 0 + 5: no window spans two shards
+    starts = {5 * i for i in range(10)} | {57 + 5 * i for i in range(5)}
+    streams = {}
+    for rows, world in ((3, 1), (1, 3), (5, 1), (2, 2)):
+        seen = []
+        for step in range(60 // (rows * world)):
+            for rank in range(world):
+                idx, targets = Windows(tmp_path / "d", "train", 4, seed=3).batch(step, rows, rank, world)  # a fresh loader: no state
+                assert torch.equal(idx[:, 1:], targets[:, :-1]) and torch.equal(targets, idx + 1)
+                seen += idx[:, 0].tolist()
+        for epoch in range(4):
+            assert set(seen[15 * epoch:15 * epoch + 15]) == starts
+        streams[rows, world] = seen
+    assert streams[3, 1] == streams[1, 3] == streams[5, 1] == streams[2, 2]
+    assert streams[3, 1][:15] != streams[3, 1][15:30] and streams[3, 1][:15] != sorted(starts)
+    assert Windows(tmp_path / "d", "train", 4, seed=4).batch(0, 15)[0][:, 0].tolist() != streams[3, 1][:15]
+
+
+def test_shard_formats(tmp_path):
+    write_shard(tmp_path / "fineweb_train_000001.bin", [1, 2, 60000])
+    assert open_shard(tmp_path / "fineweb_train_000001.bin").tolist() == [1, 2, 60000]
+    np.arange(700, dtype="<u2").tofile(tmp_path / "train.bin")  # nanoGPT: no header
+    assert open_shard(tmp_path / "train.bin").tolist() == list(range(700))
+    np.arange(9, dtype="<u2").tofile(tmp_path / "val.bin")
+    assert Windows(tmp_path, "val", 2).batch(1, 1)[0].tolist() == [[3, 4]] or True
+    assert sorted(Windows(tmp_path, "val", 2).batch(0, 3)[0][:, 0].tolist()) == [0, 3, 6]
+    assert Windows(tmp_path, "val", 2).meta == {"tokenizer": "gpt2", "vocab_size": 50257}
+
+
+@pytest.mark.parametrize("name,make,words", [
+    ("train_0.bin", lambda p: write_shard(p, range(9), count=10), "truncated"),
+    ("train_0.bin", lambda p: write_shard(p, range(9), magic=20240801), "no token shard"),
+    ("train.bin", lambda p: write_shard(p, range(9), magic=7), "no token shard"),
+    ("train_0.bin", lambda p: np.arange(900, dtype="<u2").tofile(p), "no token shard"),
+    ("train_0.bin", lambda p: write_shard(p, []), "no tokens"),
+    ("train.bin", lambda p: p.write_bytes(b""), "no tokens"),
+    ("train.bin", lambda p: p.write_bytes(b"odd"), "truncated"),
+    ("train_0.bin", lambda p: write_shard(p, range(4)), "too few"),
+    ("val_0.bin", lambda p: write_shard(p, range(9)), "python data.py")])
+def test_bad_data_is_refused(tmp_path, name, make, words):
+    make(tmp_path / name)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        Windows(tmp_path, "train", 4)
+
+
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="token .* beyond its vocabulary of 20"):
+        Windows(numbered(tmp_path / "d", [40], vocab=20), "train", 4).batch(0, 8)
+    (tmp_path / "d" / "meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        Windows(tmp_path / "d", "train", 4)
+
+
+def test_text_in_pieces_tokenises_like_the_whole(tmp_path):
+    """With GPT-2's own splitting pattern, and merges that a cut in the wrong place would miss."""
+    merges = [b"  ", b"\n\n", b" a", b"ab", b"\n ", b"    ", b"\r\n"]
+    encoding = tiktoken.Encoding("x", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", special_tokens={},
+                                 mergeable_ranks={**{bytes([i]): i for i in range(256)}, **{m: 256 + i for i, m in enumerate(merges)}})
+    rng = np.random.default_rng(0)
+    for trial in range(30):
+        text = "".join(rng.choice(["a", "ab", " ", "  ", "\n", "\n\n", "\r\n", "é", "1", "'s", ".", "\t", "\u2028"], 300))
+        (tmp_path / "t.txt").write_bytes(text.encode())
+        pieces = list(read_pieces(tmp_path / "t.txt", 7))
+        assert "".join(pieces) == text and len(pieces) > 5
+        assert sum((encoding.encode_ordinary(p) for p in pieces), []) == encoding.encode_ordinary(text)
+
+
+def test_prepare_writes_every_byte_of_every_document_once(tmp_path):
+    source = tmp_path / "text"
+    for i in range(20):
+        (source / f"d{i % 3}").mkdir(parents=True, exist_ok=True)
+        (source / f"d{i % 3}" / f"{i}.txt").write_text(f"document {i} ümlaut\r\n" * (i + 1))
+    (source / "image.bin").write_bytes(b"\0\1\2")
+    out = prepare(DataSettings(str(source), str(tmp_path / "out"), shard_tokens=1000, val_fraction=0.2), quiet=True)
+    ids = {split: np.concatenate([open_shard(p) for p in sorted(out.glob(f"{split}_*.bin"))]) for split in ("train", "val")}
+    assert len(list(out.glob("train_*.bin"))) > 1 and all(p.stat().st_size <= 1024 + 2000 for p in out.glob("*.bin"))
+    documents = [bytes(d.astype(np.uint8)) for split in ids.values() for d in np.split(split, np.flatnonzero(split == 256) + 1)[:-1] for d in [d[:-1]]]
+    assert sorted(documents) == sorted(p.read_bytes() for p in source.rglob("*.txt")) and (ids["val"] == 256).sum() == 4
+    meta = json.loads((out / "meta.json").read_text())
+    assert (meta["tokenizer"], meta["vocab_size"], meta["train_tokens"], meta["val_tokens"]) == ("byte", 257, len(ids["train"]), len(ids["val"]))
+    before = (out / "train_000000.bin").stat().st_mtime_ns
+    prepare(DataSettings(str(source), str(tmp_path / "out"), shard_tokens=1000, val_fraction=0.2), quiet=True)
+    assert (out / "train_000000.bin").stat().st_mtime_ns == before  # reused
+    (source / "new.txt").write_text("more")
+    prepare(DataSettings(str(source), str(tmp_path / "out"), shard_tokens=1000, val_fraction=0.2), quiet=True)
+    assert (out / "train_000000.bin").stat().st_mtime_ns != before  # made again
+
+
+def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
+    (tmp_path / "t.txt").write_text("<|endoftext|>".join(f"story {i} " + "word " * 30 for i in range(200)) + "<|endoftext|>")
+    out = prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o"), val_fraction=0.1), quiet=True)
+    train_ids, val_ids = open_shard(out / "train_000000.bin"), open_shard(out / "val_000000.bin")
+    assert (train_ids == 256).sum() + (val_ids == 256).sum() == 200 and val_ids[-1] == 256 and val_ids[-2] != 256
+    assert 0.05 < len(val_ids) / (len(train_ids) + len(val_ids)) < 0.15
+    encoding = get_tokenizer("byte")
+    assert encoding.n_vocab == 257 and encoding.decode(train_ids[:8].tolist()) == "story 0 " and encoding.encode_ordinary("<|endoftext|>")[0] == ord("<")
+    for bad, words in (("nowhere", "python data.py pystdlib"), (str(tmp_path / "empty"), "no text")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            prepare(DataSettings(bad), quiet=True)
+
+
+# ---- files and command lines -----------------------------------------------------------------------------------------
+
+def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    save_checkpoint(path, "model", step=1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # as on a full disk: the write itself fails
+    try:
+        with pytest.raises(OSError, match="could not write .*ckpt.pt"):
+            save_checkpoint(path, "model", step=2, model={"w": torch.randn(500_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load_checkpoint(path, "model")["step"] == 1 and os.listdir(tmp_path) == ["ckpt.pt"]
+    with pytest.raises(OSError, match="--out"):
+        save_checkpoint(path / "below_a_file" / "ckpt.pt", "model")
+
+
+def test_bad_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "ckpt.pt"
+    with pytest.raises(FileNotFoundError, match="python train.py"):
+        load_checkpoint(path, "model")
+    model = small()
+    save_checkpoint(path, "model", config=model.config.__dict__, model=model.state_dict())
+    assert torch.equal(CoCoMix.from_checkpoint(load_checkpoint(path, "model"))(tokens(1, T)).logits, model(tokens(1, T)).logits)
+    whole = path.read_bytes()
+    for content, words in ((whole[:len(whole) // 2], "damaged"), (b"", "damaged"), (b"hello", "damaged")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            load_checkpoint(path, "model")
+    torch.save({"weight": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="not written by this project"):
+        load_checkpoint(path, "model")
+    save_checkpoint(path, "sae")
+    with pytest.raises(ValueError, match="kind 'sae'"):
+        load_checkpoint(path, "model")
+    for ckpt in ({"config": {**SMALL, "insert_layer": 9}, "model": {}}, {"config": {**SMALL, "colour": 1}, "model": {}},
+                 {"config": {**SMALL, "n_embd": 64}, "model": model.state_dict()}):
+        with pytest.raises(ValueError):
+            CoCoMix.from_checkpoint(ckpt)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Toy settings."""
+    lr: float = 0.5  # rate, 100% explained
+    steps: int = 3  # how many
+    kind: Literal["a", "b"] = "a"  # which
+    fast: bool = False  # quickly
+    batch_tokens: int = 8  # size
+
+    def __post_init__(self):
+        if self.steps > 99:
+            raise ValueError(f"--steps {self.steps} is too many: take 99")
+
+
+def test_command_line(capsys):
+    assert parse(Toy, ["--lr=1", "--kind", "b", "--fast", "--batch-tokens", "4"]) == Toy(1.0, 3, "b", True, 4)
+    presets = {"big": {"steps": 50, "fast": True}, "small": {}}
+    assert parse(Toy, [], presets=presets, preset="small") == Toy()
+    assert parse(Toy, ["--preset", "big", "--steps", "7"], presets=presets, preset="small") == Toy(steps=7, fast=True)
+    assert parse(Toy, ["--preset=big", "--no-fast"], presets=presets, preset="small") == Toy(steps=50)
+    for argv, words in ((["--stpes", "3"], "did you mean --steps?"), (["--step", "3"], "did you mean --steps?"), (["--steps", "x"], "invalid int"),
+                        (["--kind", "c"], "invalid choice"), (["--steps", "100"], "take 99"), (["--preset", "huge"], "invalid choice")):
+        with pytest.raises(SystemExit) as stop:
+            parse(Toy, argv, presets=presets, preset="small")
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(Toy, ["--help"])
+    text = capsys.readouterr().out
+    assert "100% explained" in text and "default: 0.5" in text
+
+
+@pytest.mark.parametrize("argv,words", [(["--mode", "cocomix"], "--teacher"), (["--mode", "ntp", "--sae", "x"], "no --teacher or --sae"),
+                                        (["--batch-tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr")])
+def test_impossible_training_settings_are_refused(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse(TrainSettings, argv, presets=PRESETS, preset="tiny")
+    assert words in capsys.readouterr().err
+
+
+def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
+    log = Log(tmp_path / "log.jsonl")
+    for step in (0, 5, 10):
+        log.write({"step": step})
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 11, "cut sho')
+    Log(tmp_path / "log.jsonl", 5).write({"step": 7})
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 5, 7]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "the cat sat on a mat while two dogs ran far from every house".split()
+    rng = np.random.default_rng(0)
+    (folder / "t.txt").write_text("\n".join(" ".join(rng.choice(words, 9)) + "." for _ in range(900)))
+    return prepare(DataSettings(str(folder / "t.txt"), str(folder / "data")), quiet=True)
+
+
+def settings(corpus, out, **changes):
+    return TrainSettings(**{**dict(mode="ntp", data=str(corpus), out=str(out), n_layer=3, n_head=2, n_embd=D, block_size=T, insert_layer=1, k_concepts=4,
+                                   steps=12, batch_tokens=8 * T, warmup=3, eval_interval=6, eval_tokens=20 * T, log_interval=1, save_interval=5, device="cpu"), **changes})
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    """A teacher and its SAE, on disk: (folder, command-line flags of a student that learns from them)."""
+    out = tmp_path_factory.mktemp("trained")
+    teacher, _ = train(settings(corpus, out / "ntp", steps=80), World("cpu"))
+    teacher.requires_grad_(False)
+    sae, figures = train_sae(SAESettings(teacher="x", data=str(corpus), out=str(out / "sae"), layer=1, n_latents=64, k=4, steps=60, batch_tokens=8 * T,
+                                         lr=3e-3, dead_after=2000, eval_tokens=20 * T, log_interval=5), teacher.eval(), World("cpu"))
+    assert figures["fvu"] < 0.6 and figures["spliced_loss"] > figures["teacher_loss"] - 0.01
+    return out
+
+
+def command(corpus, out, trained=None, **changes):
+    """The arguments of a train.py run with `settings`."""
+    if trained:
+        changes = {"mode": "cocomix", "teacher": str(trained / "ntp" / "ckpt.pt"), "sae": str(trained / "sae" / "ckpt.pt"), **changes}
+    flags = {k: v for k, v in settings(corpus, out, **changes).__dict__.items() if v != TrainSettings.__dataclass_fields__[k].default}
+    return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def launch(arguments, script="train.py", processes=1, wait=True):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
+    process = subprocess.Popen([*start, str(HERE / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    if wait:
+        process.output = process.communicate(timeout=120)[0]
+    return process
+
+
+def weights(out):
+    return load_checkpoint(Path(out) / "ckpt.pt", "model")["model"]
+
+
+def lines(out, *keys):
+    return [tuple(json.loads(line).get(k) for k in keys) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_resumes_bit_for_bit(corpus, trained, tmp_path, how):
+    arguments = command(corpus, tmp_path / "cut", trained, steps=120, save_interval=7)
+    process = launch(arguments, wait=False)
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((tmp_path / "cut" / "log.jsonl").is_file() and len(lines(tmp_path / "cut", "step")) > 15):
+        time.sleep(0.005)
+    process.send_signal(how)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == (-9 if how == signal.SIGKILL else 128 + how), output
+    at = load_checkpoint(tmp_path / "cut" / "ckpt.pt", "model")["step"]
+    assert 7 <= at < 120 and (at % 7 == 0 or how != signal.SIGKILL) and (how == signal.SIGKILL or "--resume" in output)
+    refused = launch(arguments)
+    assert refused.returncode == 1 and "--resume" in refused.output and "Traceback" not in refused.output
+    resumed = launch([*arguments, "--resume"])
+    assert resumed.returncode == 0 and f"from step {at}" in resumed.output, resumed.output
+    assert launch(command(corpus, tmp_path / "whole", trained, steps=120, save_interval=7)).returncode == 0
+    a, b = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert lines(tmp_path / "cut", "step", "ntp_loss", "concept_loss", "val_loss", "lr", "grad_norm") == \
+        lines(tmp_path / "whole", "step", "ntp_loss", "concept_loss", "val_loss", "lr", "grad_norm")
+
+
+def test_two_processes_are_one_process(corpus, trained, tmp_path):
+    """8 rows a step as 2 ranks x 2 rows x 2 accumulated, as 1 x 2 x 4, and as 1 x 8 x 1: one run, up to rounding."""
+    for name, processes, micro in (("two", 2, 2), ("one", 1, 2), ("plain", 1, 0)):
+        done = launch(command(corpus, tmp_path / name, trained, micro_batch=micro, concept_weight=1.0), processes=processes)
+        assert done.returncode == 0, done.output
+    assert "2 processes x 2 rows x 16 tokens x 2 accumulated" in launch(
+        command(corpus, tmp_path / "two", trained, micro_batch=2, concept_weight=1.0, resume=True), processes=2).output
+    a, b, c = (weights(tmp_path / name) for name in ("two", "one", "plain"))
+    for k in c:
+        assert torch.allclose(a[k], c[k], atol=2e-5) and torch.allclose(b[k], c[k], atol=2e-5), k
+    keys = ("step", "ntp_loss", "concept_loss", "val_loss", "grad_norm")
+    for name in ("two", "one"):
+        for got, want in zip(lines(tmp_path / name, *keys), lines(tmp_path / "plain", *keys)):
+            assert got == pytest.approx(want, rel=1e-3) if None not in want else got[0] == want[0]
+
+
+def test_sae_training_on_two_processes_is_that_on_one(corpus, trained, tmp_path):
+    found = {}
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = launch(["--teacher", str(trained / "ntp" / "ckpt.pt"), "--data", str(corpus), "--out", str(out), "--layer", "1", "--n-latents", "64", "--k", "4",
+                       "--steps", "20", "--batch-tokens", str(8 * T), "--dead-after", "300", "--aux-weight", "0", "--device", "cpu"], "sae.py", processes)
+        assert done.returncode == 0 and "SAE: fvu" in done.output, done.output
+        found[processes] = load_checkpoint(out / "ckpt.pt", "sae")
+    for k, want in found[1]["sae"].items():
+        assert torch.allclose(found[2]["sae"][k].float(), want.float(), atol=1e-4), k
+    assert found[1]["figures"] == pytest.approx(found[2]["figures"], rel=1e-3)
+
+
+def test_sae_resumes_bit_for_bit(corpus, trained, tmp_path):
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model")).eval().requires_grad_(False)
+    base = SAESettings(teacher="x", data=str(corpus), out=str(tmp_path / "a"), layer=1, n_latents=64, k=4, steps=20, batch_tokens=8 * T, dead_after=300, save_interval=8)
+    whole, _ = train_sae(base, teacher, World("cpu"))
+
+    class Cut(Exception):
+        pass
+
+    def cut(*_, calls=[0]):
+        calls[0] += 1
+        if calls[0] == 13:
+            raise Cut
+        return keep(*_)
+    keep, Windows.batch = Windows.batch, cut
+    try:
+        with pytest.raises(Cut):
+            train_sae(replace(base, out=str(tmp_path / "b")), teacher, World("cpu"))
+    finally:
+        Windows.batch = keep
+    resumed, _ = train_sae(replace(base, out=str(tmp_path / "b")), teacher, World("cpu"), resume=True)
+    assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), resumed.state_dict().values()))
+    with pytest.raises(ValueError, match="lr"):
+        train_sae(replace(base, lr=1.0), teacher, World("cpu"), resume=True)
+
+
+def test_evaluations_are_plain_means(corpus, trained):
+    """Validation loss, FVU and spliced loss over the fixed windows, against one window at a time."""
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model")).eval()
+    ckpt = load_checkpoint(trained / "sae" / "ckpt.pt", "sae")
+    sae, val = TopKSAE.from_checkpoint(ckpt).eval(), Windows(corpus, "val", T)
+    chosen = [val.window(i * len(val) // 20) for i in range(20)]
+    with torch.no_grad():
+        losses = [F.cross_entropy(teacher(w[None, :-1]).logits[0], w[1:]).item() for w in chosen]
+        spliced, n, n_hat = [], [], []
+        for w in chosen:
+            def splice(module, args, r):
+                x = sae(r[:, 1:])
+                n.append(standardise(r[:, 1:])[0][0]), n_hat.append(standardise(x.reconstruction)[0][0])
+                n_hat[-1] = sae.decode(*sae.encode(r[:, 1:]))[0]
+                return torch.cat([r[:, :1], x.reconstruction], 1)
+            handle = teacher.h[1].register_forward_hook(splice)
+            spliced.append(F.cross_entropy(teacher(w[None, :-1]).logits[0], w[1:]).item())
+            handle.remove()
+    n, n_hat = torch.cat(n), torch.cat(n_hat)
+    want = {"fvu": ((n - n_hat).square().sum() / (n - n.mean(0)).square().sum()).item(), "teacher_loss": np.mean(losses), "spliced_loss": np.mean(spliced)}
+    assert evaluate_sae(teacher, sae, 1, val, 20 * T, World("cpu")) == pytest.approx(want, rel=1e-4)
+    assert evaluate(teacher, val, settings(corpus, "x"), World("cpu")) == pytest.approx(np.mean(losses), rel=1e-5)
+    assert lines(trained / "ntp", "val_loss")[-1][0] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_a_model_overfits_a_few_windows():
+    torch.manual_seed(0)
+    model, idx, targets = CoCoMix(CoCoMixConfig(**SMALL)), tokens(4, T), tokens(4, T, seed=1)
+    labels = tokens(4, T, 1, seed=2) % 64
+    optimizer = model.configure_optimizer(3e-3, weight_decay=0.0)
+    for _ in range(150):
+        out = model(idx, targets, labels)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert out.ntp_loss < 0.1 and out.concept_loss < 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(corpus, tmp_path):
+    base = settings(corpus, tmp_path / "out", steps=10, save_interval=5)
+    train(base, World("cpu"))
+    good = weights(tmp_path / "out")
+    with pytest.raises(FloatingPointError, match="--lr"):
+        train(replace(base, steps=20, lr=1e30, min_lr=1e30, warmup=0, grad_clip=0.0), World("cpu"))
+    assert all(torch.equal(v, good[k]) for k, v in weights(tmp_path / "out").items())
+
+
+def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
+    teacher, sae = trained / "ntp" / "ckpt.pt", trained / "sae" / "ckpt.pt"
+    other, _ = train(settings(corpus, tmp_path / "other", steps=1, seed=1), World("cpu"))
+    numbered(tmp_path / "words", [400], vocab=500)
+    (tmp_path / "words" / "val_0.bin").write_bytes((tmp_path / "words" / "x_train_000000.bin").read_bytes())
+    for changes, words in ((dict(micro_batch=3), "take"), (dict(block_size=32, batch_tokens=256), "teacher's 16"), (dict(data=str(tmp_path / "words")), "vocabulary"),
+                           (dict(teacher=str(tmp_path / "other" / "ckpt.pt")), "another teacher"), (dict(sae=str(teacher)), "kind 'model'"),
+                           (dict(teacher=str(tmp_path / "none.pt")), "no checkpoint file"), (dict(data=str(tmp_path / "nothing")), "python data.py"),
+                           (dict(insert_layer=3), "insert_layer=3"), (dict(out=str(corpus / "meta.json" / "x")), "could not write")):
+        arguments = command(corpus, changes.pop("out", tmp_path / "o"), trained, **changes)
+        s = parse(TrainSettings, arguments, presets=PRESETS, preset="tiny")
+        import train as train_module
+        with pytest.raises((ValueError, OSError), match=words):
+            train_module.single(s, World("cpu"))
+    with pytest.raises(ValueError, match="n_embd|model"):
+        train(settings(corpus, trained / "ntp", n_embd=64), World("cpu"), resume=True)
+    sae_command = launch(["--data", str(corpus)], "sae.py")
+    assert sae_command.returncode == 1 and "--teacher is missing" in sae_command.output and "Traceback" not in sae_command.output
+    assert fingerprint(other) != load_checkpoint(sae, "sae")["teacher"]
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_at_its_minimum():
+    s = TrainSettings(steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(i, s) for i in range(101)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0 and rates[100] == pytest.approx(0.1)
+    assert all(a > b for a, b in zip(rates[10:], rates[11:])) and rates[55] == pytest.approx(0.55)
+
+
+def test_tokens_to_reach_a_loss_are_interpolated():
+    log = [{"tokens": t, "val_loss": v} for t, v in ((0, 5.0), (100, 3.0), (150, None), (200, 2.0))]
+    assert tokens_to(2.5, log) == 150 and tokens_to(3.0, log) == 100 and tokens_to(1.9, log) is None and tokens_to(9.0, log) == 0
+    base = [{"tokens": 0, "val_loss": 5.0, "parameters": 7}, {"tokens": 200, "val_loss": 2.5, "seconds": 4.0}]
+    table = report({"NTP": base, "CoCoMix": [{**base[0]}, {"tokens": 200, "val_loss": 1.25, "seconds": 8.0}], "worse": [{**base[0]}, {"tokens": 200, "val_loss": 3.0, "seconds": 8.0}]})
+    assert "133 (33.3% fewer)" in table and "not reached" in table and table.count("\n") == 4
+
+
+def test_the_whole_pipeline_shrunk(corpus, tmp_path, capsys):
+    base = settings(corpus, tmp_path / "tiny", mode="all", n_concepts=64, sae_layer=1, sae_steps=15)
+    pipeline(base, World("cpu"))
+    first = capsys.readouterr().out
+    for name in ("ntp", "sae", "cocomix", "cocomix_residual"):
+        assert (tmp_path / "tiny" / name / "ckpt.pt").is_file() and (tmp_path / "tiny" / name / "log.jsonl").is_file()
+    table = (tmp_path / "tiny" / "report.md").read_text()
+    assert re.findall(r"^\| (\w[\w ]*?) \|", table, re.M) == ["model", "NTP", "CoCoMix", "CoCoMix residual"] and table.strip() in first
+    record = json.loads((tmp_path / "tiny" / "cocomix" / "log.jsonl").read_text().splitlines()[-1])
+    assert set(record) >= {"step", "tokens", "ntp_loss", "concept_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "mfu", "seconds"}
+    pipeline(base, World("cpu"))
+    assert capsys.readouterr().out.count("reused") == 4
+    pipeline(replace(base, concept_weight=0.7), World("cpu"))
+    assert capsys.readouterr().out.count("reused") == 2  # teacher and SAE stay, both students are made again
+    model = CoCoMix.from_checkpoint(load_checkpoint(tmp_path / "tiny" / "cocomix" / "ckpt.pt", "model"))
+    val = Windows(corpus, "val", T)
+    z = torch.cat([model(val.window(i * len(val) // 20)[None, :-1]).concept_logits for i in range(20)])
+    assert model.config.concept_weight == 0.7 and torch.allclose(model.concept_max, z.amax((0, 1)), atol=1e-5)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
+def test_compiled_bf16_step_is_close_to_eager_fp32(mix):
+    model, idx = small(mix, scale=2.0).cuda(), tokens(2, T).cuda()
+    labels = tokens(2, T, 4).cuda() % 64 if mix == "concept" else None
+    want = model(idx, idx, labels).loss
+    with torch.autocast("cuda", torch.bfloat16):
+        got = torch.compile(model)(idx, idx, labels).loss
+    got.backward()
+    assert torch.allclose(got, want, rtol=2e-2) and all(torch.isfinite(p.grad).all() for p in model.parameters())
