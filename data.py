@@ -1,15 +1,17 @@
 """Files, tokens and command lines: what every script of this project shares and no paper is about.
 
-    python data.py pystdlib                                # the Python standard library's sources -> data/pystdlib
-    python data.py notes.txt --tokenizer gpt2              # one text file -> data/notes
-    python data.py ~/books --out data/books                # a folder of text files; a document is a file
+    python data.py pystdlib                            # the Python standard library's sources -> data/pystdlib
+    python data.py notes.txt --tokenizer gpt2          # one text file -> data/notes
+    python data.py ~/books --out data/books            # a folder of text files; a file is a document
 
-Text is read in pieces and written as it is tokenised, so memory stays at a few MB whatever the size. A data set is a
-folder of shards `train_000000.bin`, `val_000000.bin`, ... in llm.c's format (256 int32: 20240520, 1, token count; then
-uint16 tokens) and `meta.json` (tokenizer, vocabulary, source). nanoGPT's headerless `train.bin` / `val.bin` are read too.
+Text is read in pieces and written as it is tokenised: memory stays at a few MB whatever the size. A data set is
+a folder of shards train_000000.bin, val_000000.bin, ... in llm.c's format (256 int32: 20240520, 1, number of
+tokens; then uint16 tokens) with a meta.json (tokenizer, vocabulary, source). nanoGPT's headerless train.bin and
+val.bin are read too.
 
-Here as well: settings as frozen dataclasses with a generated command line (`parse`), the batch loader (`Windows`), atomic
-files and checkpoints, and the processes and devices of a run (`World`). Dimensions: B batch, T tokens of a block.
+In this order: settings with a generated command line (`parse`), atomic files and checkpoints, tokenizers, text
+to shards (`prepare`), shards to batches (`Windows`), processes and devices (`World`).
+Dimensions: B batch, T tokens of a block.
 """
 import argparse
 import difflib
@@ -20,10 +22,10 @@ import os
 import re
 import sys
 import sysconfig
-import typing
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -34,57 +36,55 @@ MAGIC, HEADER_BYTES = 20240520, 256 * 4
 EOT = "<|endoftext|>"
 
 
-# ---- settings and command lines --------------------------------------------------------------------------------------
+# ---- settings and command lines ----------------------------------------------------------------------------
 
 def parse(cls, argv=None, positional=(), presets=None, preset=None):
-    """An instance of the frozen dataclass `cls` from the command line: one flag a field, of the field's type and default,
-    with the comment behind the field as its help; `Literal` gives choices. `presets` {name: {field: value}} adds
-    --preset (default `preset`); flags override it. Wrong flags and values end the program with the nearest right one."""
+    """An instance of the frozen dataclass `cls` from the command line.
+
+    One flag a field, of its type and default, its comment as help; `Literal` gives choices. `presets`
+    {name: {field: value}} adds --preset, whose values other flags override. A wrong flag or value ends the
+    program with what would be right. In flags - and _ are the same."""
     argv = list(sys.argv[1:] if argv is None else argv)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    hints = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     usage="%(prog)s " + "".join(f"{p.upper()} " for p in positional) + "[--flag value ...]   (--help lists the flags)")
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.usage = "%(prog)s " + "".join(f"{name.upper()} " for name in positional) + "[--flag value ...]   (--help)"
     if presets:
-        parser.add_argument("--preset", choices=presets, default=preset, help="named settings; other flags override them")
+        parser.add_argument("--preset", choices=presets, default=preset, help="named settings")
     for f in fields(cls):
-        kind, text = hints[f.name], comments.get(f.name, "").replace("%", "%%") or " "
+        kind, extra = get_type_hints(cls)[f.name], {"help": comments.get(f.name, " ").replace("%", "%%")}
         if f.name in positional:
-            parser.add_argument(f.name, help=text)
+            parser.add_argument(f.name, **extra)
             continue
-        flag = "--" + f.name.replace("_", "-")
-        names = [flag] if flag == "--" + f.name else [flag, "--" + f.name]
         if kind is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, default=f.default, help=text)
-        elif typing.get_origin(kind) is typing.Literal:
-            parser.add_argument(*names, choices=typing.get_args(kind), default=f.default, help=text)
+            extra["action"] = argparse.BooleanOptionalAction
+        elif get_origin(kind) is Literal:
+            extra["choices"] = get_args(kind)
         else:
-            parser.add_argument(*names, type=kind, default=f.default, help=text, metavar=kind.__name__.upper())
+            extra.update(type=kind, metavar=kind.__name__.upper())
+        parser.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), default=f.default, **extra)
     if presets:
-        chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        chosen.add_argument("--preset", default=preset)
-        parser.set_defaults(**presets.get(chosen.parse_known_args(argv)[0].preset, {}))
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--preset", default=preset)
+        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
     args, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1)
-        parser.error(f"unknown argument {word}" + (f": did you mean {near[0]}?" if near else ""))
-    values = vars(args)
-    values.pop("preset", None)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
     try:
-        return cls(**values)
+        return cls(**{k: v for k, v in vars(args).items() if k != "preset"})
     except ValueError as e:
         parser.error(str(e))
 
 
 def run(main):
-    """Run a script's main: an error this project raised on purpose prints as one line, any other with its traceback."""
+    """Run a script's main. An error raised in this project's files prints as one line, others with traceback."""
     try:
         main()
-        if dist.is_initialized():  # all ranks leave together: one that closes its connections early kills the others
+        if dist.is_initialized():  # all ranks leave together: one that hangs up early kills the others
             dist.barrier()
     except KeyboardInterrupt:
-        sys.exit("interrupted; whatever was saved stays")
+        sys.exit("interrupted; what was saved stays")
     except (ValueError, OSError, FloatingPointError) as e:
         frame = e.__traceback__
         while frame.tb_next:
@@ -97,11 +97,11 @@ def run(main):
             dist.destroy_process_group()
 
 
-# ---- files: atomic, and refused when they are not what they should be ------------------------------------------------
+# ---- files: atomic, and refused when they are not what they should be --------------------------------------
 
 @contextmanager
 def writing(path):
-    """Turns what goes wrong while writing `path` (full disk, forbidden folder) into one OSError that says what to do."""
+    """Turns whatever goes wrong while `path` is written (full disk, forbidden folder) into an OSError with advice."""
     try:
         yield
     except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
@@ -111,7 +111,7 @@ def writing(path):
 
 @contextmanager
 def atomic(path):
-    """`with atomic(path) as tmp:` write to tmp; at the end it becomes `path` in one step, or `path` stays as it was."""
+    """`with atomic(path) as tmp`: what is written to tmp becomes `path` in one step, or `path` stays as it was."""
     path = Path(path)
     tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
     with writing(path):
@@ -123,13 +123,8 @@ def atomic(path):
             tmp.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    with atomic(path) as tmp:
-        tmp.write_text(json.dumps(value, indent=1) + "\n")
-
-
 def save_checkpoint(path, kind, **parts):
-    """Write tensors and plain types (they load with weights_only=True) as a checkpoint of `kind` "model" or "sae"."""
+    """Write a checkpoint of `kind` "model" or "sae": tensors and plain types, so that weights_only=True loads it."""
     with atomic(path) as tmp, open(tmp, "wb") as f:
         torch.save({"format": "cocomix-1", "kind": kind, **parts}, f)
         f.flush()
@@ -137,7 +132,8 @@ def save_checkpoint(path, kind, **parts):
 
 
 def load_checkpoint(path, kind, map_location="cpu"):
-    """The dict `save_checkpoint` wrote. FileNotFoundError or ValueError if it is missing, damaged, not ours, or of another kind."""
+    """The dict that `save_checkpoint` wrote. FileNotFoundError if it is missing, ValueError if it is damaged, not
+    of this project, or of another kind."""
     path = Path(path)
     make = {"model": "python train.py --mode ntp", "sae": "python sae.py --teacher CKPT"}[kind]
     if not path.is_file():
@@ -145,23 +141,25 @@ def load_checkpoint(path, kind, map_location="cpu"):
     try:
         ckpt = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as e:  # torch raises seven kinds, from EOFError to UnpicklingError
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): take another copy, or make it again with `{make}`") from e
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): take another copy, or make it "
+                         f"again with `{make}`") from e
     if not isinstance(ckpt, dict) or ckpt.get("format") != "cocomix-1":
-        raise ValueError(f"{path} was not written by this project: it holds no format mark; make one with `{make}`")
+        raise ValueError(f"{path} was not written by this project (no format mark): make one with `{make}`")
     if ckpt["kind"] != kind:
-        raise ValueError(f"{path} holds a checkpoint of kind {ckpt['kind']!r}, here one of kind {kind!r} is needed: make it with `{make}`")
+        raise ValueError(f"{path} holds a checkpoint of kind {ckpt['kind']!r}, not {kind!r}: make one with `{make}`")
     return ckpt
 
 
 class Log:
-    """JSONL: one dict a line, flushed at once. Opening it for `step` drops later lines, which a resumed run writes anew."""
+    """JSONL, one dict a line, each written at once. Opened for `step` it drops later lines: a resumed run writes
+    them anew. `on=False` (all ranks but the first) writes nothing."""
 
     def __init__(self, path, step=0, on=True):
         self.path, self.on = Path(path), on
         if on:
-            lines = self.path.read_text().splitlines() if step and self.path.is_file() else []
-            with atomic(self.path) as tmp:
-                tmp.write_text("".join(line + "\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= step))
+            kept = [r for r in read_log(path) if r["step"] <= step] if step and self.path.is_file() else []
+            with atomic(path) as tmp:
+                tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
 
     def write(self, record):
         if self.on:
@@ -169,30 +167,76 @@ class Log:
                 f.write(json.dumps(record) + "\n")
 
 
-# ---- tokenizers ------------------------------------------------------------------------------------------------------
+def read_log(path):
+    """The records of a JSONL log; a line cut short by a crash is left out."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
+
+
+# ---- tokenizers --------------------------------------------------------------------------------------------
 
 def get_tokenizer(name):
-    """A `tiktoken.Encoding`: "byte" (256 bytes and <|endoftext|> = 256, made here, no download) or "gpt2" (50,257).
+    """A tiktoken.Encoding: "byte" (256 bytes and <|endoftext|> = 256; no download) or "gpt2" (50,257 ids).
 
     OSError if gpt2's files are neither cached nor to be had, ValueError for another name."""
     import tiktoken  # late: training on existing shards needs no tokenizer
     if name == "byte":  # the pattern only cuts text into short runs; no two bytes ever merge
-        return tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={EOT: 256})
+        return tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", special_tokens={EOT: 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
     if name != "gpt2":
         raise ValueError(f"tokenizer {name!r} is none of byte, gpt2")
     try:
         return tiktoken.get_encoding("gpt2")
-    except Exception as e:  # requests' errors, and OSError of the cache folder
-        raise OSError(f"GPT-2's BPE files are not cached and could not be downloaded ({type(e).__name__}): set TIKTOKEN_CACHE_DIR "
-                      "to a folder that holds them, go online once, or take --tokenizer byte") from e
+    except Exception as e:  # requests' errors, and the cache folder's
+        raise OSError(f"GPT-2's BPE files are not cached and could not be downloaded ({type(e).__name__}): set "
+                      "TIKTOKEN_CACHE_DIR to a folder that has them, go online once, or take --tokenizer byte") from e
 
 
-# ---- text to shards --------------------------------------------------------------------------------------------------
+# ---- text to shards ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Turn text into token shards."""
+    source: str  # pystdlib, a text file, or a folder of text files
+    out: str = ""  # folder for the shards; empty: data/NAME
+    tokenizer: Literal["byte", "gpt2"] = "byte"  # 257 or 50257 token ids
+    val_fraction: float = 0.05  # share held out: of a folder's files (by a hash of their names), or of a file's end
+    separator: str = EOT  # text that ends a document inside a file; empty: a file is one document
+    shard_tokens: int = 100_000_000  # tokens a shard
+
+    def __post_init__(self):
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--val_fraction {self.val_fraction} must lie between 0 and 1, as 0.05 does")
+        if self.shard_tokens < 1:
+            raise ValueError(f"--shard_tokens {self.shard_tokens} must be at least 1")
+
+
+def text_files(source):
+    """(root, sorted text files, name) of pystdlib, a file or a folder (without hidden and binary files)."""
+    if source == "pystdlib":
+        root, skip = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+        if not paths:
+            raise FileNotFoundError(f"this Python keeps no sources in {root}: run `python data.py PATH` on some text")
+        return root, paths, "pystdlib"
+    root = Path(source).expanduser()
+    if root.is_file():
+        return root.parent, [root], root.stem
+    if not root.is_dir():
+        raise FileNotFoundError(f"{source!r} is neither pystdlib nor a file or folder: check the path, or run "
+                                "`python data.py pystdlib`")
+    paths = []
+    for p in sorted(root.rglob("*")):
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts):
+            with open(p, "rb") as f:
+                if b"\0" not in f.read(8192):
+                    paths.append(p)
+    return root, paths, root.resolve().name
+
 
 def read_pieces(path, chunk):
-    """Yield the text of a file in pieces of about `chunk` characters that tokenise to what the whole file tokenises to.
+    """Yield a file's text in pieces of about `chunk` characters that tokenise to what the whole tokenises to.
 
-    Pieces end where a non-space meets a space or newline: no token of GPT-2's (or of bytes) spans that."""
+    A piece ends where a non-space meets a space or newline: no token, of GPT-2's or of bytes, spans that."""
     text = ""
     with open(path, encoding="utf-8", errors="replace", newline="") as f:
         while block := f.read(chunk):
@@ -201,7 +245,7 @@ def read_pieces(path, chunk):
             while cut > 0 and not (text[cut] in " \n" and not text[cut - 1].isspace()):
                 cut -= 1
             if cut == 0 and len(text) >= 16 * chunk:
-                cut = len(text)  # text without spaces: memory is bounded before tokens are exact
+                cut = len(text)  # text without spaces: bounded memory comes before exact tokens
             if cut:
                 yield text[:cut]
                 text = text[cut:]
@@ -210,7 +254,7 @@ def read_pieces(path, chunk):
 
 
 class ShardWriter:
-    """Appends token arrays to `folder/split_000000.bin`, `_000001.bin`, ...; each gets its name when it is complete."""
+    """Appends token arrays to folder/split_000000.bin, _000001.bin, ...; each gets its name when it is complete."""
 
     def __init__(self, folder, split, shard_tokens):
         self.name, self.limit = f"{folder}/{split}_%06d.bin", shard_tokens
@@ -238,49 +282,10 @@ class ShardWriter:
             self.shards, self.total, self.count, self.file = self.shards + 1, self.total + self.count, 0, None
 
 
-@dataclass(frozen=True)
-class DataSettings:
-    """Turn text into token shards."""
-    source: str  # pystdlib, a text file, or a folder of text files
-    out: str = ""  # folder for the shards; empty: data/NAME
-    tokenizer: typing.Literal["byte", "gpt2"] = "byte"  # 257 or 50257 token ids
-    val_fraction: float = 0.05  # share held out: of a folder's files (chosen by a hash of their names), of one file's end
-    separator: str = EOT  # text that ends a document inside a file; empty: a file is one document
-    shard_tokens: int = 100_000_000  # tokens a shard
-
-    def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction} must lie between 0 and 1, as in 0.05")
-        if self.shard_tokens < 1:
-            raise ValueError(f"--shard-tokens {self.shard_tokens} must be at least 1")
-
-
-def text_files(source):
-    """(root, sorted text files, name) of `pystdlib`, a file, or a folder; hidden and binary files (a NUL byte) are left out."""
-    if source == "pystdlib":
-        root, skip = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-        paths = [p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts)]
-        if not paths:
-            raise FileNotFoundError(f"this Python keeps no sources in {root}: give a text file or folder, `python data.py PATH`")
-        return root, sorted(paths), "pystdlib"
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path.parent, [path], path.stem
-    if not path.is_dir():
-        raise FileNotFoundError(f"{source!r} is neither pystdlib nor a file or folder: check the path, or run `python data.py pystdlib`")
-    paths = []
-    for p in sorted(path.rglob("*")):
-        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts):
-            with open(p, "rb") as f:
-                if b"\0" not in f.read(8192):
-                    paths.append(p)
-    return path, paths, path.resolve().name
-
-
 def prepare(settings, quiet=False):
-    """Write the shards of `settings` (DataSettings) and return their folder (Path); a folder that already holds them is reused.
+    """Write the shards that `settings` (DataSettings) describe, return their folder (Path). Present ones are reused.
 
-    ValueError for an empty source, FileNotFoundError for a missing one, OSError when writing fails."""
+    FileNotFoundError for a missing source, ValueError for an empty one, OSError when writing fails."""
     root, paths, name = text_files(settings.source)
     out, size = Path(settings.out or Path("data") / name), sum(p.stat().st_size for p in paths)
     if size == 0:
@@ -288,17 +293,16 @@ def prepare(settings, quiet=False):
     state = {**asdict(settings), "out": "", "files": len(paths), "bytes": size}
     if (out / "meta.json").is_file() and json.loads((out / "meta.json").read_text()).get("settings") == state:
         if not quiet:
-            print(f"data: {out} reused (delete it to make it again)")
+            print(f"data: {out} reused, made with these settings")
         return out
     encoding = get_tokenizer(settings.tokenizer)
-
+    eot, in_val, begin_val = np.array([encoding.eot_token]), set(), float("inf")
     if len(paths) == 1:  # one file: its end is held out
-        in_val, begin_val = set(), (1 - settings.val_fraction) * size
-    else:  # many: those whose name hashes lowest, so that adding files moves few of them
+        begin_val = (1 - settings.val_fraction) * size
+    else:  # many: those whose names hash lowest, so that a new file moves few of the others
         ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
-        in_val, begin_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))]), float("inf")
-    chunk = int(min(1 << 20, max(1024, settings.val_fraction * size / 2)))
-    eot, done = np.array([encoding.eot_token]), 0
+        in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])
+    chunk, done = int(min(1 << 20, max(1024, settings.val_fraction * size / 2))), 0
     with writing(out), tqdm(total=size, unit="B", unit_scale=True, desc=f"{'data':<18}", disable=quiet) as bar:
         out.mkdir(parents=True, exist_ok=True)
         for stale in [out / "meta.json", *out.glob("train_*.bin*"), *out.glob("val_*.bin*")]:
@@ -317,57 +321,74 @@ def prepare(settings, quiet=False):
                 writer.append(eot)
         for writer in writers.values():
             writer.close()
-    write_json(out / "meta.json", {"tokenizer": settings.tokenizer, "vocab_size": encoding.n_vocab, "settings": state,
-                                   "train_tokens": writers["train"].total, "val_tokens": writers["val"].total})
+    meta = {"tokenizer": settings.tokenizer, "vocab_size": encoding.n_vocab, "settings": state,
+            **{f"{split}_tokens": writer.total for split, writer in writers.items()}}
+    with atomic(out / "meta.json") as tmp:
+        tmp.write_text(json.dumps(meta, indent=1) + "\n")
     if not quiet:
-        print(f"data: {out}, {writers['train'].total:,} training and {writers['val'].total:,} validation tokens ({settings.tokenizer})")
+        print(f"data: {out}, {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
+              f"({settings.tokenizer})")
     return out
 
 
-# ---- shards to batches -----------------------------------------------------------------------------------------------
+# ---- shards to batches -------------------------------------------------------------------------------------
 
 def open_shard(path):
-    """A shard as a memory-mapped uint16 array (tokens,). llm.c's header is checked; only files named train.bin or val.bin
-    may come without one (nanoGPT). ValueError for a truncated file, a wrong magic number, or no tokens."""
-    path, size = Path(path), os.path.getsize(path)
+    """A shard as a memory-mapped uint16 array (tokens,). ValueError if it is truncated, empty, or has a wrong magic
+    number. Only files named train.bin or val.bin may come without a header (nanoGPT's)."""
+    path, size, again = Path(path), os.path.getsize(path), "make it again with `python data.py`"
     head = np.fromfile(path, "<i4", 256) if size >= HEADER_BYTES else np.zeros(0, "<i4")
-    offset, again = 0, "make it again with `python data.py`"
-    if len(head) and head[0] == MAGIC and head[1] == 1:
-        offset, tokens = HEADER_BYTES, int(head[2])
-        if size != HEADER_BYTES + 2 * tokens:
-            raise ValueError(f"{path} is truncated or damaged: its header promises {tokens:,} tokens, the file has room for "
-                             f"{(size - HEADER_BYTES) / 2:,.0f}; {again}")
-    elif path.name not in ("train.bin", "val.bin") or (len(head) and not head[3:].any()):
-        raise ValueError(f"{path} is no token shard: it starts with {head[:2].tolist()} instead of [{MAGIC}, 1] (llm.c's GPT-2 format); {again}")
-    elif size % 2:
+    headerless = path.name in ("train.bin", "val.bin") and not (len(head) and not head[3:].any())
+    if head[:2].tolist() == [MAGIC, 1]:
+        offset = HEADER_BYTES
+        if size != offset + 2 * head[2]:
+            raise ValueError(f"{path} is truncated or damaged: its header promises {head[2]:,} tokens, there is room "
+                             f"for {(size - offset) / 2:,.0f}; {again}")
+    elif headerless and size % 2 == 0:
+        offset = 0
+    elif headerless:
         raise ValueError(f"{path} is truncated: {size:,} bytes are no whole number of uint16 tokens; {again}")
-    if size <= offset:
+    else:
+        raise ValueError(f"{path} is no token shard: it starts with {head[:2].tolist()}, not with [{MAGIC}, 1] "
+                         f"(llm.c's GPT-2 format); {again}")
+    if size == offset:
         raise ValueError(f"{path} holds no tokens; {again}")
     return np.memmap(path, "<u2", "r", offset)
 
 
+def read_meta(folder):
+    """A data set's meta.json. Without one (FineWeb, nanoGPT) the tokens are GPT-2's. ValueError if it is damaged."""
+    path = Path(folder) / "meta.json"
+    if not path.is_file():
+        return {"tokenizer": "gpt2", "vocab_size": 50257}
+    try:
+        meta = json.loads(path.read_text())
+        return {**meta, "tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}): it needs tokenizer and vocab_size; make the data again with "
+                         "`python data.py`") from e
+
+
 class Windows:
-    """A data set cut into non-overlapping windows of T+1 tokens, dealt out as batches.
+    """A data set's split as non-overlapping windows of T+1 tokens, dealt out in batches.
 
-    `batch(step, rows, rank, world)` is a pure function: step t takes the next `rows * world` windows of an endless
-    stream that runs through a fresh permutation of all windows each epoch, so over all ranks every window comes once an
-    epoch, resuming needs no state, and (rows, world) = (8, 1) sees the same windows as (4, 2). `shuffle=False`: file order.
+    `batch(step, rows, rank, world)` is a pure function: step t takes the next rows * world windows of an endless
+    stream that runs through a fresh permutation of all windows each epoch. So over all ranks every window comes
+    once an epoch, resuming needs no state, and 8 rows on 1 rank are the windows of 4 rows on 2 ranks.
+    FileNotFoundError without shards, ValueError if they are too short for a window, or ids exceed the vocabulary."""
 
-    Raises FileNotFoundError without shards, ValueError for shards too short for one window or ids beyond the vocabulary."""
-
-    def __init__(self, folder, split, block_size, seed=0, shuffle=True):
-        self.folder, self.block_size, self.seed, self.shuffle = Path(folder), block_size, seed, shuffle
+    def __init__(self, folder, split, block_size, seed=0):
+        self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
         if not self.paths:
-            raise FileNotFoundError(f"no {split} shards (*{split}*.bin) in {self.folder}: make them with `python data.py pystdlib` "
-                                    f"or `python data.py PATH --out {self.folder}`")
-        self.shards = [open_shard(p) for p in self.paths]
-        self.meta = read_meta(self.folder)
-        self.ends = np.cumsum([len(s) // (block_size + 1) for s in self.shards])
+            raise FileNotFoundError(f"no {split} shards (*{split}*.bin) in {folder}: make them with `python data.py "
+                                    f"pystdlib` or `python data.py PATH --out {folder}`")
+        self.shards, self.meta = [open_shard(p) for p in self.paths], read_meta(folder)
+        self.ends = np.cumsum([len(s) // (block_size + 1) for s in self.shards])  # windows up to each shard's end
         self.order, self.epoch = None, -1
         if not len(self):
-            raise ValueError(f"{self.folder} has {sum(map(len, self.shards)):,} {split} tokens in {len(self.shards)} shards, too few for one "
-                             f"window of {block_size} + 1: add text, or lower --block-size")
+            raise ValueError(f"{folder} has {sum(map(len, self.shards)):,} {split} tokens, too few for one window of "
+                             f"{block_size} + 1: add text, or lower --block_size")
 
     def __len__(self):
         return int(self.ends[-1])
@@ -380,65 +401,63 @@ class Windows:
         return digest.hexdigest()[:16]
 
     def window(self, number):
-        """Window `number` (0-based, file order) as int64 (T+1,)."""
+        """Window `number` (0-based, file order): int64 (T+1,)."""
         shard = int(np.searchsorted(self.ends, number, side="right"))
         start = (number - (self.ends[shard - 1] if shard else 0)) * (self.block_size + 1)
         tokens = self.shards[shard][start:start + self.block_size + 1]
         if tokens.max() >= self.meta["vocab_size"]:
-            raise ValueError(f"{self.paths[shard]} holds token {tokens.max()}, beyond its vocabulary of {self.meta['vocab_size']} "
-                             f"({self.meta['tokenizer']}): correct meta.json or make the data again with `python data.py`")
+            raise ValueError(f"{self.paths[shard]} holds token {tokens.max()}, beyond its vocabulary of "
+                             f"{self.meta['vocab_size']} ({self.meta['tokenizer']}): correct meta.json, or make the "
+                             "data again with `python data.py`")
         return torch.from_numpy(tokens.astype(np.int64))
 
     def numbers(self, step, rows, rank=0, world=1):
-        """The window numbers of a batch, a list of `rows` ints."""
-        first, n = (step * world + rank) * rows, len(self)
-        chosen = []
+        """The window numbers of a batch: `rows` ints."""
+        first, chosen = (step * world + rank) * rows, []
         for position in range(first, first + rows):
-            epoch, at = divmod(position, n)
-            if self.shuffle and epoch != self.epoch:
-                self.order, self.epoch = np.random.default_rng([self.seed, epoch]).permutation(n), epoch
-            chosen.append(int(self.order[at]) if self.shuffle else at)
+            epoch, at = divmod(position, len(self))
+            if epoch != self.epoch:
+                order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
+                self.order, self.epoch = order, epoch
+            chosen.append(int(self.order[at]))
         return chosen
 
     def batch(self, step, rows, rank=0, world=1):
-        """idx and targets, both (rows, T) int64: the targets are the tokens one further on."""
+        """idx and targets (rows,T) int64: the targets are the tokens one further on."""
         window = torch.stack([self.window(n) for n in self.numbers(step, rows, rank, world)])
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
-
-def read_meta(folder):
-    """The data set's meta.json; without one (FineWeb, nanoGPT) the tokens are GPT-2's."""
-    path = Path(folder) / "meta.json"
-    if not path.is_file():
-        return {"tokenizer": "gpt2", "vocab_size": 50257}
-    try:
-        meta = json.loads(path.read_text())
-        return {**meta, "tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({e}): it needs tokenizer and vocab_size; make the data again with `python data.py`") from e
+    def fixed(self, tokens, rank=0, world=1, rows=16):
+        """This rank's share of a fixed set of about `tokens` tokens spread over the split: (windows of all ranks
+        together, list of batches (up to `rows`, T+1))."""
+        count = min(len(self), max(1, tokens // self.block_size))
+        chosen = torch.arange(rank, count, world) * len(self) // count
+        return count, [torch.stack([self.window(int(n)) for n in part]) for part in chosen.split(rows) if len(part)]
 
 
-# ---- the processes and devices of a run ------------------------------------------------------------------------------
+# ---- the processes and devices of a run --------------------------------------------------------------------
 
 class World:
-    """This process among those torchrun started (alone without torchrun), and its device: CUDA, MPS or CPU, found by itself.
+    """This process among those torchrun started (without torchrun the only one), and its device.
 
-    NCCL carries GPU tensors and gloo CPU tensors, so a small CPU tensor can be reduced without stalling the GPU."""
+    "auto" finds CUDA, MPS or CPU. NCCL reduces GPU tensors and gloo CPU ones, so that a small CPU tensor can be
+    reduced without stalling the GPU. ValueError if CUDA is asked for and missing."""
 
     def __init__(self, device="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
         if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+            mps = "mps" if torch.backends.mps.is_available() else "cpu"
+            device = "cuda" if torch.cuda.is_available() else mps
         self.device = torch.device(device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise ValueError("--device cuda: PyTorch finds no CUDA GPU here; take --device cpu, or install the CUDA build of torch")
+                raise ValueError("--device cuda: PyTorch finds no CUDA GPU; take --device cpu, or a CUDA build of torch")
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
+            torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
-        self.main = self.rank == 0
 
     def sum(self, tensor):
         """The tensor summed over all ranks, in place."""
@@ -447,21 +466,21 @@ class World:
         return tensor
 
     def barrier(self):
-        if self.size > 1:
-            self.sum(torch.zeros(1))
-
-    def print(self, *words):
-        if self.main:
-            tqdm.write(" ".join(map(str, words)))
-
-    def bar(self, total, desc, initial=0, unit="step"):
-        return tqdm(total=total, desc=f"{desc:<18}", initial=initial, unit=unit, disable=not self.main, dynamic_ncols=True,
-                    mininterval=0.5 if sys.stderr.isatty() else 10)
+        self.sum(torch.zeros(1))
 
     def autocast(self, dtype):
-        """bf16 autocast for dtype "bfloat16", or for "auto" on CUDA; fp32 otherwise. Never fp16."""
+        """bf16 autocast for "bfloat16", and for "auto" on CUDA; otherwise fp32. Never fp16."""
         on = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def print(self, text):
+        if self.main:
+            tqdm.write(text)
+
+    def bar(self, total, name, initial=0):
+        """A progress bar of steps on rank 0; lines in a file where there is no terminal, a few a minute."""
+        return tqdm(total=total, desc=f"{name:<18}", initial=initial, unit="step", disable=not self.main,
+                    dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import data as data_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, top_k
 from data import (DataSettings, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
+from sae import (Labeler, SAEOutput, SAESettings, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
 from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
 
 HERE = Path(__file__).parent
@@ -391,7 +391,7 @@ def test_dead_latents_revive_through_the_auxiliary_loss_and_rows_stay_unit(aux_w
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        sae.after_step(out.values, out.indices)
+        sae.after_step(out)
         assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(64), atol=1e-5)
         if step == 20:
             assert sae.dead_fraction() > 0.3
@@ -400,8 +400,11 @@ def test_dead_latents_revive_through_the_auxiliary_loss_and_rows_stay_unit(aux_w
 
 def test_idle_counts_tokens_since_each_latent_fired():
     sae = TopKSAE(D, 6, 2, dead_after=7)
-    sae.after_step(torch.tensor([[2.0, 1.0], [1.0, 0.0]]), torch.tensor([[0, 1], [0, 2]]))  # latent 2 was chosen with activation 0
-    sae.after_step(torch.tensor([[1.0, 1.0]] * 6), torch.tensor([[1, 3]] * 6))
+
+    def step(values, indices):
+        sae.after_step(SAEOutput(None, torch.tensor(values), torch.tensor(indices), None, None, None))
+    step([[2.0, 1.0], [1.0, 0.0]], [[0, 1], [0, 2]])  # latent 2 was chosen, but with activation 0
+    step([[1.0, 1.0]] * 6, [[1, 3]] * 6)
     assert sae.idle.tolist() == [6, 0, 8, 0, 8, 8] and sae.dead_fraction() == 0.5
 
 
@@ -601,7 +604,7 @@ def test_command_line(capsys):
 
 
 @pytest.mark.parametrize("argv,words", [(["--mode", "cocomix"], "--teacher"), (["--mode", "ntp", "--sae", "x"], "no --teacher or --sae"),
-                                        (["--batch-tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr")])
+                                        (["--batch_tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr")])
 def test_impossible_training_settings_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse(TrainSettings, argv, presets=PRESETS, preset="tiny")
@@ -716,7 +719,7 @@ def test_sae_training_on_two_processes_is_that_on_one(corpus, trained, tmp_path)
         out = tmp_path / str(processes)
         done = launch(["--teacher", str(trained / "ntp" / "ckpt.pt"), "--data", str(corpus), "--out", str(out), "--layer", "1", "--n-latents", "64", "--k", "4",
                        "--steps", "20", "--batch-tokens", str(8 * T), "--dead-after", "300", "--aux-weight", "0", "--device", "cpu"], "sae.py", processes)
-        assert done.returncode == 0 and "SAE: fvu" in done.output, done.output
+        assert done.returncode == 0 and "variance unexplained" in done.output, done.output
         found[processes] = load_checkpoint(out / "ckpt.pt", "sae")
     for k, want in found[1]["sae"].items():
         assert torch.allclose(found[2]["sae"][k].float(), want.float(), atol=1e-4), k
@@ -813,7 +816,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
         train(settings(corpus, trained / "ntp", n_embd=64), World("cpu"), resume=True)
     sae_command = launch(["--data", str(corpus)], "sae.py")
     assert sae_command.returncode == 1 and "--teacher is missing" in sae_command.output and "Traceback" not in sae_command.output
-    assert fingerprint(other) != load_checkpoint(sae, "sae")["teacher"]
+    assert fingerprint(other) != load_checkpoint(sae, "sae")["identity"]["teacher"]
 
 
 def test_learning_rate_warms_up_from_above_zero_and_ends_at_its_minimum():
