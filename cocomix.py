@@ -289,7 +289,9 @@ class CoCoMix(nn.Module):
         return idx
 
     def steering(self, steer, length, start):
-        """{concept: strength} -> (length, C) to add to z: from position `start` on strength * concept_max, else 0.
+        """{concept: strength} -> (length, C) to add to z: from position `start` on strength * |concept_max|, else 0.
+
+        The absolute value, since the largest logit of a rare concept can be negative: plus must mean more.
 
         ValueError for a model without concepts, a concept it lacks, or a strength that is no finite number."""
         if self.config.mix != "concept":
@@ -300,7 +302,7 @@ class CoCoMix(nn.Module):
                 raise ValueError(f"there is no concept {concept}: this model has 0 to {self.config.n_concepts - 1}")
             if not math.isfinite(strength):
                 raise ValueError(f"the strength {strength!r} of concept {concept} is no finite number")
-            delta[start:, concept] = strength * self.concept_max[concept]
+            delta[start:, concept] = strength * self.concept_max[concept].abs()
         return delta
 
     @classmethod

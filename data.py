@@ -20,9 +20,10 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
 import sysconfig
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -82,9 +83,13 @@ def run(main):
     try:
         main()
         if dist.is_initialized():  # all ranks leave together: one that hangs up early kills the others
-            dist.barrier()
+            dist.all_reduce(torch.zeros(1))
     except KeyboardInterrupt:
         sys.exit("interrupted; what was saved stays")
+    except RuntimeError as e:
+        if "onnection closed" not in str(e):
+            raise
+        sys.exit(f"rank {os.environ['RANK']} stops because another process has: the error is in that one's output")
     except (ValueError, OSError, FloatingPointError) as e:
         frame = e.__traceback__
         while frame.tb_next:
@@ -113,7 +118,7 @@ def writing(path):
 def atomic(path):
     """`with atomic(path) as tmp`: what is written to tmp becomes `path` in one step, or `path` stays as it was."""
     path = Path(path)
-    tmp = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    tmp = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -151,25 +156,20 @@ def load_checkpoint(path, kind, map_location="cpu"):
 
 
 class Log:
-    """JSONL, one dict a line, each written at once. Opened for `step` it drops later lines: a resumed run writes
-    them anew. `on=False` (all ranks but the first) writes nothing."""
+    """JSONL, one dict a line, each written at once. It begins with `records`, those of the checkpoint a run goes on
+    from. `on=False` (all ranks but the first) keeps the records without writing."""
 
-    def __init__(self, path, step=0, on=True):
-        self.path, self.on = Path(path), on
+    def __init__(self, path, records=(), on=True):
+        self.path, self.records, self.on = Path(path), list(records), on
         if on:
-            kept = [r for r in read_log(path) if r["step"] <= step] if step and self.path.is_file() else []
             with atomic(path) as tmp:
-                tmp.write_text("".join(json.dumps(r) + "\n" for r in kept))
+                tmp.write_text("".join(json.dumps(r) + "\n" for r in self.records))
 
     def write(self, record):
+        self.records.append(record)
         if self.on:
             with writing(self.path), open(self.path, "a") as f:
                 f.write(json.dumps(record) + "\n")
-
-
-def read_log(path):
-    """The records of a JSONL log; a line cut short by a crash is left out."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines() if line.endswith("}")]
 
 
 # ---- tokenizers --------------------------------------------------------------------------------------------
@@ -206,8 +206,8 @@ class DataSettings:
     def __post_init__(self):
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction} must lie between 0 and 1, as 0.05 does")
-        if self.shard_tokens < 1:
-            raise ValueError(f"--shard_tokens {self.shard_tokens} must be at least 1")
+        if not 0 < self.shard_tokens < 1 << 31:
+            raise ValueError(f"--shard_tokens {self.shard_tokens} must lie between 1 and 2147483647")
 
 
 def text_files(source):
@@ -254,7 +254,7 @@ def read_pieces(path, chunk):
 
 
 class ShardWriter:
-    """Appends token arrays to folder/split_000000.bin, _000001.bin, ...; each gets its name when it is complete."""
+    """Appends token arrays to folder/split_000000.bin.tmp, _000001.bin.tmp, ...; `finish` gives them their names."""
 
     def __init__(self, folder, split, shard_tokens):
         self.name, self.limit = f"{folder}/{split}_%06d.bin", shard_tokens
@@ -278,20 +278,29 @@ class ShardWriter:
             self.file.seek(0)
             self.file.write(header.tobytes())
             self.file.close()
-            os.replace(self.file.name, self.name % self.shards)
             self.shards, self.total, self.count, self.file = self.shards + 1, self.total + self.count, 0, None
+
+    def finish(self):
+        for i in range(self.shards):
+            os.replace(self.name % i + ".tmp", self.name % i)
 
 
 def prepare(settings, quiet=False):
     """Write the shards that `settings` (DataSettings) describe, return their folder (Path). Present ones are reused.
 
-    FileNotFoundError for a missing source, ValueError for an empty one, OSError when writing fails."""
+    FileNotFoundError for a missing source; ValueError for one too short to split, or a folder whose shards are not
+    ours to replace; OSError when writing fails: what stood there before stays."""
     root, paths, name = text_files(settings.source)
     out, size = Path(settings.out or Path("data") / name), sum(p.stat().st_size for p in paths)
     if size == 0:
         raise ValueError(f"{settings.source!r} holds no text: give a file or folder with text in it")
-    state = {**asdict(settings), "out": "", "files": len(paths), "bytes": size}
-    if (out / "meta.json").is_file() and json.loads((out / "meta.json").read_text()).get("settings") == state:
+    state, present = {**asdict(settings), "out": "", "files": len(paths), "bytes": size}, {}
+    if (out / "meta.json").is_file():
+        with suppress(ValueError):  # a damaged one is replaced
+            present = json.loads((out / "meta.json").read_text())
+    elif any(out.glob("*.bin")):
+        raise ValueError(f"{out} holds shards that this command did not write: name another folder with --out")
+    if present.get("settings") == state:
         if not quiet:
             print(f"data: {out} reused, made with these settings")
         return out
@@ -302,11 +311,9 @@ def prepare(settings, quiet=False):
     else:  # many: those whose names hash lowest, so that a new file moves few of the others
         ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
         in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])
-    chunk, done = int(min(1 << 20, max(1024, settings.val_fraction * size / 2))), 0
+    chunk, done = int(min(1 << 20, max(16, settings.val_fraction * size / 2))), 0
     with writing(out), tqdm(total=size, unit="B", unit_scale=True, desc=f"{'data':<18}", disable=quiet) as bar:
         out.mkdir(parents=True, exist_ok=True)
-        for stale in [out / "meta.json", *out.glob("train_*.bin*"), *out.glob("val_*.bin*")]:
-            stale.unlink(missing_ok=True)
         writers = {split: ShardWriter(out, split, settings.shard_tokens) for split in ("train", "val")}
         for path in paths:
             for text in read_pieces(path, chunk):
@@ -321,12 +328,20 @@ def prepare(settings, quiet=False):
                 writer.append(eot)
         for writer in writers.values():
             writer.close()
-    meta = {"tokenizer": settings.tokenizer, "vocab_size": encoding.n_vocab, "settings": state,
-            **{f"{split}_tokens": writer.total for split, writer in writers.items()}}
+        counts = {f"{split}_tokens": writer.total for split, writer in writers.items()}
+        if all(counts.values()):  # all is written: the new shards take the place of the old
+            for old in [out / "meta.json", *out.glob("train_*.bin"), *out.glob("val_*.bin")]:
+                old.unlink(missing_ok=True)
+            for writer in writers.values():
+                writer.finish()
+    if not all(counts.values()):
+        raise ValueError(f"{settings.source!r} is too short to hold out a share of {settings.val_fraction}: add text, or "
+                         "raise --val_fraction")
     with atomic(out / "meta.json") as tmp:
-        tmp.write_text(json.dumps(meta, indent=1) + "\n")
+        tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": encoding.n_vocab, **counts,
+                                   "settings": state}, indent=1) + "\n")
     if not quiet:
-        print(f"data: {out}, {meta['train_tokens']:,} training and {meta['val_tokens']:,} validation tokens "
+        print(f"data: {out}, {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens "
               f"({settings.tokenizer})")
     return out
 
@@ -340,9 +355,9 @@ def open_shard(path):
     head = np.fromfile(path, "<i4", 256) if size >= HEADER_BYTES else np.zeros(0, "<i4")
     headerless = path.name in ("train.bin", "val.bin") and not (len(head) and not head[3:].any())
     if head[:2].tolist() == [MAGIC, 1]:
-        offset = HEADER_BYTES
-        if size != offset + 2 * head[2]:
-            raise ValueError(f"{path} is truncated or damaged: its header promises {head[2]:,} tokens, there is room "
+        offset, count = HEADER_BYTES, int(head[2])
+        if size != offset + 2 * count:
+            raise ValueError(f"{path} is truncated or damaged: its header promises {count:,} tokens, there is room "
                              f"for {(size - offset) / 2:,.0f}; {again}")
     elif headerless and size % 2 == 0:
         offset = 0
@@ -380,6 +395,9 @@ class Windows:
     def __init__(self, folder, split, block_size, seed=0):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
+        if self.folder.is_file():
+            raise ValueError(f"{folder} is a file, not a folder of shards: run `python data.py {folder}`, then name "
+                             "the folder it makes")
         if not self.paths:
             raise FileNotFoundError(f"no {split} shards (*{split}*.bin) in {folder}: make them with `python data.py "
                                     f"pystdlib` or `python data.py PATH --out {folder}`")
@@ -431,8 +449,9 @@ class Windows:
         """This rank's share of a fixed set of about `tokens` tokens spread over the split: (windows of all ranks
         together, list of batches (up to `rows`, T+1))."""
         count = min(len(self), max(1, tokens // self.block_size))
-        chosen = torch.arange(rank, count, world) * len(self) // count
-        return count, [torch.stack([self.window(int(n)) for n in part]) for part in chosen.split(rows) if len(part)]
+        chosen = [n * len(self) // count for n in range(rank, count, world)]
+        parts = [chosen[i:i + rows] for i in range(0, len(chosen), rows)]
+        return count, [torch.stack([self.window(n) for n in part]) for part in parts]
 
 
 # ---- the processes and devices of a run --------------------------------------------------------------------
@@ -441,23 +460,25 @@ class World:
     """This process among those torchrun started (without torchrun the only one), and its device.
 
     "auto" finds CUDA, MPS or CPU. NCCL reduces GPU tensors and gloo CPU ones, so that a small CPU tensor can be
-    reduced without stalling the GPU. ValueError if CUDA is asked for and missing."""
+    reduced without stalling the GPU. ValueError for a device that is not there."""
 
     def __init__(self, device="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
+        self.main, gpus = self.rank == 0, torch.cuda.device_count()
+        mps = torch.backends.mps.is_available() and self.size == 1  # no process group carries MPS tensors
         if device == "auto":
-            mps = "mps" if torch.backends.mps.is_available() else "cpu"
-            device = "cuda" if torch.cuda.is_available() else mps
+            device = "cuda" if gpus else "mps" if mps else "cpu"
+        kind, local = device.split(":")[0], int(os.environ.get("LOCAL_RANK", 0))
+        if kind not in ("cuda", "cpu") and not (kind == "mps" and mps) or kind == "cuda" and local >= gpus:
+            raise ValueError(f"--device {device} is not to be had for process {self.rank} of {self.size}: PyTorch finds "
+                             f"{gpus} CUDA GPUs{' and MPS' * mps}; take --device cpu, or as many processes as GPUs")
         self.device = torch.device(device)
-        if self.device.type == "cuda":
-            if not torch.cuda.is_available():
-                raise ValueError("--device cuda: PyTorch finds no CUDA GPU; take --device cpu, or a CUDA build of torch")
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
+        if kind == "cuda":
+            self.device = torch.device("cuda", local if self.size > 1 else self.device.index or 0)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
 
     def sum(self, tensor):
         """The tensor summed over all ranks, in place."""
@@ -481,6 +502,37 @@ class World:
         """A progress bar of steps on rank 0; lines in a file where there is no terminal, a few a minute."""
         return tqdm(total=total, desc=f"{name:<18}", initial=initial, unit="step", disable=not self.main,
                     dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
+
+
+class Interrupt:
+    """Turns SIGTERM and Ctrl-C into a flag that all ranks read together: the step under way is finished and saved."""
+
+    def __init__(self, world):
+        self.world, self.number = world, 0
+
+    def __enter__(self):
+        def note(number, frame):
+            self.number = number
+        self.before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+    def asked(self):
+        """Whether any rank was told to stop; to be called by all."""
+        anyone = int(self.world.sum(torch.tensor(self.number)))  # a CPU tensor: the GPU is not stalled
+        if anyone and not self.number:
+            self.number = signal.SIGTERM
+        return anyone > 0  # not this rank's own flag: it may have come since
+
+    def leave(self, path, step):
+        """Exit once all ranks are here, `path` being saved."""
+        self.world.barrier()
+        self.world.print(f"stopped after step {step}, saved as {path}: the same command with --resume goes on "
+                         "(train.py --mode all goes on by itself)")
+        sys.exit(128 + self.number)
 
 
 if __name__ == "__main__":

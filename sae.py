@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, sparse_matmul, standardise, top_k
-from data import Log, Windows, World, load_checkpoint, parse, run, save_checkpoint
+from data import Interrupt, Log, Windows, World, load_checkpoint, parse, run, save_checkpoint
 
 RANKINGS = ("attribution", "negative", "absolute", "activation")
 
@@ -196,8 +196,8 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
 class Labeler:
     """`labeler(idx, targets, numbers)`: the concept_labels of the windows with these numbers.
 
-    With `keep` a window is labelled once and remembered (8 bytes a token), so that a second student over the same
-    windows has its labels for nothing. `seconds` counts the time spent."""
+    With `keep` a window is labelled once and remembered (4 bytes a label), so that a second student over the same
+    windows has its labels for nothing; `seconds` then counts the time this took."""
 
     def __init__(self, teacher, sae, layer, n_labels=4, rank_by="attribution", autocast=None, keep=False):
         check_pair(teacher, layer, sae)
@@ -210,15 +210,14 @@ class Labeler:
                 "n_labels": self.n_labels, "rank_by": self.rank_by}
 
     def __call__(self, idx, targets, numbers):
+        if self.kept and all(n in self.kept for n in numbers):
+            return torch.stack([self.kept[n] for n in numbers]).to(idx.device, torch.int64)
         start = time.perf_counter()
-        if all(n in self.kept for n in numbers):
-            labels = torch.stack([self.kept[n] for n in numbers]).to(idx.device, torch.int64)
-            return labels.masked_fill(labels == 65535, -1)
         with self.autocast or torch.autocast(idx.device.type, enabled=False):
             labels = concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
-        if self.keep:  # 65535 stands for -1
-            self.kept.update(zip(numbers, labels.masked_fill(labels < 0, 65535).to("cpu", torch.uint16)))
-        self.seconds += time.perf_counter() - start
+        if self.keep:
+            self.kept.update(zip(numbers, labels.to(torch.int32).cpu()))
+            self.seconds += time.perf_counter() - start
         return labels
 
 
@@ -261,6 +260,8 @@ class SAESettings:
         for name in ("n_latents", "k", "steps", "batch_tokens", "save_interval", "log_interval", "dead_after"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        if self.block_size < 0 or self.seed < 0:
+            raise ValueError(f"--block_size {self.block_size} and --seed {self.seed} must be 0 or more")
         if self.k > self.n_latents:
             raise ValueError(f"--k {self.k} is larger than --n_latents {self.n_latents}")
 
@@ -286,8 +287,8 @@ def evaluate_sae(teacher, sae, layer, windows, tokens, world):
         (r, mu, std), r_hat = standardise(x[:, 1:]), sae.decode(*sae.encode(x[:, 1:]))
         spliced = torch.cat([x[:, :1], (r_hat * std + mu).to(x.dtype)], 1)
         losses = loss_from(teacher, x, targets, layer), loss_from(teacher, spliced, targets, layer)
-        total += torch.stack([(r - r_hat).square().sum(), r.square().sum(), *losses]).double().cpu()
-        mean += r.sum((0, 1)).double().cpu()
+        total += torch.stack([(r - r_hat).square().sum(), r.square().sum(), *losses]).cpu().double()
+        mean += r.sum((0, 1)).cpu().double()
     (error, square, plain, spliced), mean = world.sum(total).tolist(), world.sum(mean)
     T = windows.block_size
     variance = square - mean.square().sum().item() / (count * (T - 1))  # sum |r - mean r|^2
@@ -302,11 +303,12 @@ def train_sae(settings, teacher, world, resume=False):
     FloatingPointError when the loss is not finite: the last checkpoint stays."""
     check_pair(teacher, settings.layer)
     T = settings.block_size or teacher.config.block_size
+    if T > teacher.config.block_size:
+        raise ValueError(f"--block_size {T} is longer than the teacher's {teacher.config.block_size}: lower it")
     rows, left = divmod(settings.batch_tokens, T * world.size)
-    if left or not rows or T > teacher.config.block_size:
-        raise ValueError(f"--batch_tokens {settings.batch_tokens} must be a multiple of {world.size} processes x {T} "
-                         f"tokens, as {max(1, rows) * T * world.size} is, and {T} at most the teacher's "
-                         f"{teacher.config.block_size}")
+    if left or not rows:
+        raise ValueError(f"--batch_tokens {settings.batch_tokens} is no multiple of {world.size} processes x {T} tokens: "
+                         f"take {max(1, rows) * T * world.size}")
     data, val = Windows(settings.data, "train", T, settings.seed), Windows(settings.data, "val", T)
     if data.meta["vocab_size"] != teacher.config.vocab_size:
         raise ValueError(f"{settings.data} has a vocabulary of {data.meta['vocab_size']}, the teacher one of "
@@ -315,7 +317,7 @@ def train_sae(settings, teacher, world, resume=False):
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k, settings.k_aux, settings.aux_weight,
                   settings.dead_after).to(world.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True)
-    path, begin, identity = Path(settings.out) / "ckpt.pt", 0, sae_identity(settings, teacher)
+    path, begin, records, identity = Path(settings.out) / "ckpt.pt", 0, [], sae_identity(settings, teacher)
     if resume:
         ckpt = load_checkpoint(path, "sae", world.device)
         changed = [k for k in identity if identity[k] != ckpt["identity"].get(k)]
@@ -324,16 +326,16 @@ def train_sae(settings, teacher, world, resume=False):
                              "another --out")
         sae.load_state_dict(ckpt["sae"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        begin = ckpt["step"]
-    log, start = Log(path.parent / "log.jsonl", begin, world.main), time.perf_counter()
+        begin, records = ckpt["step"], ckpt["log"]
+    log, start = Log(path.parent / "log.jsonl", records, world.main), time.perf_counter()
     since, sums, autocast = 0, torch.zeros(3, device=world.device), world.autocast(settings.dtype)
 
     def save(step, figures):
         if world.main:
             save_checkpoint(path, "sae", config=sae.config, sae=sae.state_dict(), optimizer=optimizer.state_dict(),
-                            layer=settings.layer, step=step, identity=identity, figures=figures)
+                            layer=settings.layer, step=step, identity=identity, figures=figures, log=log.records)
 
-    with world.bar(settings.steps, "SAE", begin) as bar:
+    with Interrupt(world) as interrupt, world.bar(settings.steps, "SAE", begin) as bar:
         for step in range(begin, settings.steps):
             idx, _ = data.batch(step, rows, world.rank, world.size)
             with torch.no_grad(), autocast:
@@ -342,7 +344,7 @@ def train_sae(settings, teacher, world, resume=False):
                 sae.pre_bias.data.copy_(world.sum(standardise(x)[0].mean((0, 1))) / world.size)
             out = sae(x)
             out.loss.backward()
-            for p in sae.parameters():
+            for p in sae.parameters():  # the mean over ranks, AuxK's ratio being each rank's own
                 world.sum(p.grad).div_(world.size)
             done = step + 1
             rate = min(1, done / settings.steps / 0.05, (1 - step / settings.steps) / 0.2)
@@ -351,7 +353,8 @@ def train_sae(settings, teacher, world, resume=False):
             optimizer.zero_grad(set_to_none=True)
             sae.after_step(out, world)
             since, sums = since + 1, sums + torch.stack([out.loss, out.aux_loss, out.fvu]).detach()
-            last, saving = done == settings.steps, done % settings.save_interval == 0
+            stopping, last = interrupt.asked(), done == settings.steps
+            saving = done % settings.save_interval == 0 or stopping
             if done % settings.log_interval == 0 or saving or last:
                 loss, aux_loss, fvu = (world.sum(sums) / (world.size * since)).tolist()
                 since, sums, dead = 0, torch.zeros_like(sums), sae.dead_fraction()
@@ -364,11 +367,13 @@ def train_sae(settings, teacher, world, resume=False):
             if saving and not last:
                 save(done, {})
             bar.update()
+            if stopping and not last:
+                interrupt.leave(path, done)
     sae.eval()
     figures = {**evaluate_sae(teacher, sae, settings.layer, val, settings.eval_tokens, world),
                "dead_fraction": sae.dead_fraction()}
-    save(settings.steps, figures)
     log.write({"step": settings.steps, "tokens": settings.steps * settings.batch_tokens, **figures})
+    save(settings.steps, figures)
     return sae, figures
 
 
@@ -382,13 +387,20 @@ def load_teacher(path, device):
     return CoCoMix.from_checkpoint(load_checkpoint(path, "model")).to(device).eval().requires_grad_(False)
 
 
+def check_out(out, resume):
+    """ValueError unless folder `out` has a checkpoint exactly if `resume` wants one: a run never overwrites another."""
+    if (Path(out) / "ckpt.pt").exists() and not resume:
+        raise ValueError(f"{out} already holds a checkpoint: go on with --resume, or choose another --out")
+    if resume and not (Path(out) / "ckpt.pt").exists():
+        raise ValueError(f"{out} holds no checkpoint to go on from: leave out --resume, or name the run's --out")
+
+
 def main():
     settings = parse(SAESettings)
     world = World(settings.device)
     if not settings.teacher:
         raise ValueError("--teacher is missing: give a plain GPT's checkpoint, as `python train.py --mode ntp` writes one")
-    if not settings.resume and (Path(settings.out) / "ckpt.pt").exists():
-        raise ValueError(f"{settings.out} already holds a checkpoint: go on with --resume, or choose another --out")
+    check_out(settings.out, settings.resume)
     figures = train_sae(settings, load_teacher(settings.teacher, world.device), world, settings.resume)[1]
     world.print(f"SAE: {describe_figures(figures)}; {settings.out}/ckpt.pt")
 

@@ -3,7 +3,6 @@ hand, one process against two. Offline, on the CPU: `pytest`. Tests that need a 
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 
 import data as data_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, top_k
-from data import (DataSettings, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
+from data import (DataSettings, Interrupt, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
 from sae import (Labeler, SAEOutput, SAESettings, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
 from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
 
@@ -227,9 +226,9 @@ def test_generate_is_repeated_argmax_and_slides_past_the_block(mix):
 
 def test_steering_adds_to_one_logit_at_generated_positions_only():
     model, idx = small(), tokens(1, 6)
-    model.concept_max[9] = 2.5
-    delta = model.steering({9: 3.0}, 6, start=5)
-    assert delta[5, 9] == 7.5 and delta.abs().sum() == 7.5
+    model.concept_max[9], model.concept_max[10] = 2.5, -2.0  # a concept whose largest logit is negative is raised by +, too
+    delta = model.steering({9: 3.0, 10: 1.0}, 6, start=5)
+    assert delta[5, 9] == 7.5 and delta[5, 10] == 2.0 and delta.abs().sum() == 9.5
     assert torch.equal(model.generate(idx, 4, 0, steer={9: 0.0}), model.generate(idx, 4, 0))
     assert torch.equal(model(idx, steer=delta).logits[:, :5], model(idx).logits[:, :5])
     assert not torch.allclose(model(idx, steer=delta).logits[:, 5], model(idx).logits[:, 5])
@@ -335,6 +334,15 @@ def test_labeler_keeps_what_it_made():
     first = labeler(idx, targets, [4, 8, 2])
     labeler.teacher = None  # a second call must not need it
     assert torch.equal(labeler(idx.flip(0), targets.flip(0), [2, 8, 4]), first.flip(0)) and (first == -1).any()
+
+
+def test_kept_labels_are_exact_beyond_16_bits():
+    teacher, sae = teacher_and_sae(n_latents=70_000)
+    with torch.no_grad():
+        sae.latent_bias[-200:] += 3  # the last latents are active ones
+    labeler, idx, targets = Labeler(teacher, sae, 1, keep=True), tokens(2, T), tokens(2, T, seed=1)
+    first = labeler(idx, targets, [0, 1])
+    assert first.max() > 65_535 and torch.equal(labeler(idx, targets, [0, 1]), first)
 
 
 def test_wrong_pairs_are_refused():
@@ -447,13 +455,20 @@ def test_every_window_comes_once_an_epoch_over_all_ranks(tmp_path):
     assert Windows(tmp_path / "d", "train", 4, seed=4).batch(0, 15)[0][:, 0].tolist() != streams[3, 1][:15]
 
 
+def test_the_fixed_set_is_shared_out_among_any_number_of_ranks(tmp_path):
+    windows = Windows(numbered(tmp_path / "d", [53, 4, 27]), "train", 4)
+    for world in (1, 2, 3, 7):
+        shares = [windows.fixed(25, rank, world, rows=2) for rank in range(world)]
+        firsts = sorted(w[0].item() for count, batches in shares for batch in batches for w in batch)
+        assert all(count == 6 for count, _ in shares) and firsts == sorted(windows.window(i * 15 // 6)[0].item() for i in range(6))
+
+
 def test_shard_formats(tmp_path):
     write_shard(tmp_path / "fineweb_train_000001.bin", [1, 2, 60000])
     assert open_shard(tmp_path / "fineweb_train_000001.bin").tolist() == [1, 2, 60000]
     np.arange(700, dtype="<u2").tofile(tmp_path / "train.bin")  # nanoGPT: no header
     assert open_shard(tmp_path / "train.bin").tolist() == list(range(700))
     np.arange(9, dtype="<u2").tofile(tmp_path / "val.bin")
-    assert Windows(tmp_path, "val", 2).batch(1, 1)[0].tolist() == [[3, 4]] or True
     assert sorted(Windows(tmp_path, "val", 2).batch(0, 3)[0][:, 0].tolist()) == [0, 3, 6]
     assert Windows(tmp_path, "val", 2).meta == {"tokenizer": "gpt2", "vocab_size": 50257}
 
@@ -517,6 +532,26 @@ def test_prepare_writes_every_byte_of_every_document_once(tmp_path):
     assert (out / "train_000000.bin").stat().st_mtime_ns != before  # made again
 
 
+def test_the_default_corpus_is_the_standard_library_without_tests():
+    root, paths, name = data_module.text_files("pystdlib")
+    names = {p.relative_to(root).as_posix() for p in paths}
+    assert name == "pystdlib" and {"argparse.py", "json/decoder.py"} <= names and paths == sorted(paths)
+    assert not any(re.search(r"(^|/)(site-packages|tests?)/", n) for n in names) and sum(p.stat().st_size for p in paths) > 5e6
+
+
+def test_prepare_leaves_what_is_not_its_own_and_keeps_the_old_when_it_fails(tmp_path):
+    (tmp_path / "t.txt").write_text("some words " * 500)
+    write_shard(tmp_path / "fineweb_train_000001.bin", range(9))
+    with pytest.raises(ValueError, match="did not write"):
+        prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path)), quiet=True)
+    out = prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
+    before = (out / "train_000000.bin").read_bytes()
+    (tmp_path / "t.txt").write_text("ab")
+    with pytest.raises(ValueError, match="too short"):
+        prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
+    assert (out / "train_000000.bin").read_bytes() == before and len(Windows(out, "train", 4)) > 1000
+
+
 def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
     (tmp_path / "t.txt").write_text("<|endoftext|>".join(f"story {i} " + "word " * 30 for i in range(200)) + "<|endoftext|>")
     out = prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o"), val_fraction=0.1), quiet=True)
@@ -534,6 +569,7 @@ def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
 # ---- files and command lines -----------------------------------------------------------------------------------------
 
 def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
+    resource = pytest.importorskip("resource")
     path = tmp_path / "ckpt.pt"
     save_checkpoint(path, "model", step=1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -604,21 +640,21 @@ def test_command_line(capsys):
 
 
 @pytest.mark.parametrize("argv,words", [(["--mode", "cocomix"], "--teacher"), (["--mode", "ntp", "--sae", "x"], "no --teacher or --sae"),
-                                        (["--batch_tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr")])
+                                        (["--batch_tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr"),
+                                        (["--insert_layer", "6"], "take 0 to 5"), (["--sae_layer", "6"], "take 0 to 5"), (["--micro_batch", "-4"], "0 or more"),
+                                        (["--k_concepts", "3"], "--n_labels 4"), (["--n_concepts", "9"], "--n_concepts 9"), (["--seed", "-1"], "0 or more")])
 def test_impossible_training_settings_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse(TrainSettings, argv, presets=PRESETS, preset="tiny")
     assert words in capsys.readouterr().err
 
 
-def test_log_drops_what_a_resumed_run_writes_again(tmp_path):
-    log = Log(tmp_path / "log.jsonl")
-    for step in (0, 5, 10):
-        log.write({"step": step})
-    with open(tmp_path / "log.jsonl", "a") as f:
-        f.write('{"step": 11, "cut sho')
-    Log(tmp_path / "log.jsonl", 5).write({"step": 7})
+def test_log_begins_with_the_checkpoints_records(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 5}\n{"step": 11, "cut sho')
+    log = Log(tmp_path / "log.jsonl", [{"step": 0}, {"step": 5}])
+    log.write({"step": 7})
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 5, 7]
+    assert log.records == [{"step": 0}, {"step": 5}, {"step": 7}]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -697,6 +733,21 @@ def test_a_killed_run_resumes_bit_for_bit(corpus, trained, tmp_path, how):
         lines(tmp_path / "whole", "step", "ntp_loss", "concept_loss", "val_loss", "lr", "grad_norm")
 
 
+def test_two_ranks_stop_together_on_sigterm_and_go_on(corpus, tmp_path):
+    arguments = command(corpus, tmp_path / "o", steps=3000, save_interval=5000, eval_interval=5000)
+    process = launch(arguments, processes=2, wait=False)
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((tmp_path / "o" / "log.jsonl").is_file() and len(lines(tmp_path / "o", "step")) > 15):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    output = process.communicate(timeout=60)[0]
+    assert "stopped after step" in output, output
+    at = load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")["step"]
+    assert 0 < at < 3000
+    resumed = launch([*command(corpus, tmp_path / "o", steps=at + 2, save_interval=5000, eval_interval=5000), "--resume"], processes=2)
+    assert resumed.returncode == 0 and lines(tmp_path / "o", "step")[-1] == (at + 2,), resumed.output
+
+
 def test_two_processes_are_one_process(corpus, trained, tmp_path):
     """8 rows a step as 2 ranks x 2 rows x 2 accumulated, as 1 x 2 x 4, and as 1 x 8 x 1: one run, up to rounding."""
     for name, processes, micro in (("two", 2, 2), ("one", 1, 2), ("plain", 1, 0)):
@@ -710,7 +761,7 @@ def test_two_processes_are_one_process(corpus, trained, tmp_path):
     keys = ("step", "ntp_loss", "concept_loss", "val_loss", "grad_norm")
     for name in ("two", "one"):
         for got, want in zip(lines(tmp_path / name, *keys), lines(tmp_path / "plain", *keys)):
-            assert got == pytest.approx(want, rel=1e-3) if None not in want else got[0] == want[0]
+            assert all(g == w if w is None else g == pytest.approx(w, rel=1e-3) for g, w in zip(got, want, strict=True))
 
 
 def test_sae_training_on_two_processes_is_that_on_one(corpus, trained, tmp_path):
@@ -763,8 +814,7 @@ def test_evaluations_are_plain_means(corpus, trained):
         for w in chosen:
             def splice(module, args, r):
                 x = sae(r[:, 1:])
-                n.append(standardise(r[:, 1:])[0][0]), n_hat.append(standardise(x.reconstruction)[0][0])
-                n_hat[-1] = sae.decode(*sae.encode(r[:, 1:]))[0]
+                n.append(standardise(r[:, 1:])[0][0]), n_hat.append(sae.decode(*sae.encode(r[:, 1:]))[0])
                 return torch.cat([r[:, :1], x.reconstruction], 1)
             handle = teacher.h[1].register_forward_hook(splice)
             spliced.append(F.cross_entropy(teacher(w[None, :-1]).logits[0], w[1:]).item())
@@ -806,7 +856,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
     for changes, words in ((dict(micro_batch=3), "take"), (dict(block_size=32, batch_tokens=256), "teacher's 16"), (dict(data=str(tmp_path / "words")), "vocabulary"),
                            (dict(teacher=str(tmp_path / "other" / "ckpt.pt")), "another teacher"), (dict(sae=str(teacher)), "kind 'model'"),
                            (dict(teacher=str(tmp_path / "none.pt")), "no checkpoint file"), (dict(data=str(tmp_path / "nothing")), "python data.py"),
-                           (dict(insert_layer=3), "insert_layer=3"), (dict(out=str(corpus / "meta.json" / "x")), "could not write")):
+                           (dict(n_labels=5), "n_labels=5"), (dict(resume=True), "leave out --resume"), (dict(out=str(corpus / "meta.json" / "x")), "could not write")):
         arguments = command(corpus, changes.pop("out", tmp_path / "o"), trained, **changes)
         s = parse(TrainSettings, arguments, presets=PRESETS, preset="tiny")
         import train as train_module
@@ -852,6 +902,38 @@ def test_the_whole_pipeline_shrunk(corpus, tmp_path, capsys):
     val = Windows(corpus, "val", T)
     z = torch.cat([model(val.window(i * len(val) // 20)[None, :-1]).concept_logits for i in range(20)])
     assert model.config.concept_weight == 0.7 and torch.allclose(model.concept_max, z.amax((0, 1)), atol=1e-5)
+
+
+def test_mode_all_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
+    """Stopped in the student and, another time, in the teacher's last evaluation; and a rebuild that fails leaves no mixture."""
+    base, world = settings(corpus, tmp_path / "a", mode="all", n_concepts=64, sae_layer=1, sae_steps=15, save_interval=5), World("cpu")
+    pipeline(replace(base, out=str(tmp_path / "whole")), world)
+    asked, calls = Interrupt.asked, [0]
+
+    def at(number):
+        def ask(self):
+            calls[0] += 1
+            if calls[0] == number:
+                self.number = signal.SIGTERM
+            return asked(self)
+        return ask
+    for number, done in ((13, "ntp"), (15 + 7, "cocomix")):  # 12 steps and one last look; 15 steps of the SAE, then the student's 7th
+        calls[0] = 0
+        monkeypatch.setattr(Interrupt, "asked", at(number))
+        with pytest.raises(SystemExit) as stop:
+            pipeline(base, world)
+        assert stop.value.code == 128 + signal.SIGTERM and (tmp_path / "a" / done / "ckpt.pt").is_file()
+    monkeypatch.setattr(Interrupt, "asked", asked)
+    assert load_checkpoint(tmp_path / "a" / "cocomix" / "ckpt.pt", "model")["step"] == 7
+    pipeline(base, world)
+    for name in ("cocomix", "cocomix_residual"):
+        a, b = weights(tmp_path / "a" / name), weights(tmp_path / "whole" / name)
+        assert all(torch.equal(a[k], b[k]) for k in b)
+    table = report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]})
+    with pytest.raises(FloatingPointError):
+        pipeline(replace(base, lr=1e30, min_lr=1e30, warmup=0, grad_clip=0.0), world)
+    pipeline(base, world)
+    assert report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}) == table
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

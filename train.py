@@ -12,10 +12,9 @@
 
 A run writes out/ckpt.pt and out/log.jsonl. --resume goes on bit for bit, after Ctrl-C or SIGTERM too: a step's
 batch is a pure function of (seed, step, rank). The batch is given in tokens; accumulation follows from it.
+Nodes share one disk: rank 0 writes, all read.
 """
 import math
-import signal
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,12 +25,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import CoCoMix, CoCoMixConfig
-from data import (DataSettings, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare, read_log,
-                  read_meta, run, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, describe_figures, fingerprint, load_teacher, sae_identity, train_sae)
+from data import (DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
+                  run, save_checkpoint)
+from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, fingerprint, load_teacher, sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
-PRESETS = {"tiny": {}}  # the defaults below
+PRESETS = {"tiny": {"compile": "off"}}  # the defaults below; compiling takes longer than these runs
 MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
 
 
@@ -43,9 +42,9 @@ class TrainSettings:
     out: str = "out/tiny"  # folder for checkpoints and logs
     teacher: str = ""  # mode cocomix: checkpoint of a plain GPT (train.py --mode ntp)
     sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py)
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # attention heads
-    n_embd: int = 128  # width
+    n_layer: int = 6  # blocks
+    n_head: int = 3  # attention heads
+    n_embd: int = 96  # width
     block_size: int = 128  # tokens of context
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
     concept_residual: bool = False  # our variant: h + c stands at the concept position instead of c
@@ -53,10 +52,10 @@ class TrainSettings:
     concept_weight: float = 0.5  # weight of the concept loss; 0.1 in the paper
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation"] = "attribution"  # what makes a latent a label
-    steps: int = 600  # optimiser steps
-    batch_tokens: int = 2048  # tokens a step, over all processes and accumulated passes
+    steps: int = 700  # optimiser steps
+    batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
     micro_batch: int = 0  # rows a pass; 0: all of a process's rows at once
-    lr: float = 3e-3  # peak learning rate
+    lr: float = 4e-3  # peak learning rate
     min_lr: float = 0.0  # where the cosine ends; 0: a tenth of --lr
     warmup: int = 50  # steps of linear warm-up
     weight_decay: float = 0.1  # on matrices only
@@ -64,7 +63,7 @@ class TrainSettings:
     beta2: float = 0.95  # AdamW
     grad_clip: float = 1.0  # largest gradient norm; 0: no clipping
     seed: int = 0  # of initialisation and data order
-    eval_interval: int = 50  # steps between validations
+    eval_interval: int = 100  # steps between validations
     eval_tokens: int = 32_768  # validation tokens: a fixed set spread over the split
     log_interval: int = 10  # steps between log lines
     save_interval: int = 500  # steps between checkpoints; the last step is always saved
@@ -73,20 +72,34 @@ class TrainSettings:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
     resume: bool = False  # go on from the checkpoint in --out; mode all does so by itself
     n_concepts: int = 512  # mode all: the SAE's latents; in mode cocomix the SAE's checkpoint says
-    sae_layer: int = 1  # mode all: the SAE reads the teacher after this block, 0-based
+    sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
     sae_lr: float = 3e-3  # mode all: its peak learning rate
 
     def __post_init__(self):
         for name in ("steps", "batch_tokens", "block_size", "eval_interval", "eval_tokens", "log_interval",
-                     "save_interval", "n_labels"):
+                     "save_interval", "n_labels", "sae_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if not 0 < self.lr < math.inf or self.min_lr > self.lr:
-            raise ValueError(f"--lr {self.lr} must be above 0 and not below --min_lr {self.min_lr}")
+        for name in ("micro_batch", "min_lr", "warmup", "weight_decay", "grad_clip", "seed", "concept_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
+        if not 0 < self.lr < math.inf or self.min_lr > self.lr or not 0 < self.sae_lr < math.inf:
+            raise ValueError(f"--lr {self.lr} and --sae_lr {self.sae_lr} must be above 0, --min_lr not above --lr")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"--beta1 {self.beta1} and --beta2 {self.beta2} must lie between 0 and 1")
         if self.batch_tokens % self.block_size:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --block_size {self.block_size}: "
                              f"take {max(1, self.batch_tokens // self.block_size) * self.block_size}")
+        if self.mode != "ntp" and not 0 <= self.insert_layer < self.n_layer:
+            raise ValueError(f"--insert_layer {self.insert_layer} names no block of --n_layer {self.n_layer}: take 0 to "
+                             f"{self.n_layer - 1}")
+        if self.mode == "all" and not 0 <= self.sae_layer < self.n_layer:
+            raise ValueError(f"--sae_layer {self.sae_layer} names no block of --n_layer {self.n_layer}: take 0 to "
+                             f"{self.n_layer - 1}")
+        if self.mode == "all" and not self.n_labels <= self.k_concepts <= self.n_concepts:
+            raise ValueError(f"--n_labels {self.n_labels} must not exceed --k_concepts {self.k_concepts}, nor that "
+                             f"--n_concepts {self.n_concepts}")
         if self.mode == "cocomix" and not (self.teacher and self.sae):
             raise ValueError("--mode cocomix needs --teacher CKPT (from train.py --mode ntp) and --sae CKPT (from "
                              "sae.py); --mode all makes both")
@@ -108,9 +121,7 @@ def run_identity(settings, config, data, labeler):
 def model_config(settings, vocab_size, labeler):
     """The CoCoMixConfig of a run. What its mix does not use keeps the default: it makes no difference to the run."""
     used = {k: getattr(settings, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
-    if settings.mode == "ntp":
-        used.update(insert_layer=0)
-    else:
+    if settings.mode != "ntp":
         used.update(insert_layer=settings.insert_layer, concept_residual=settings.concept_residual)
     if settings.mode == "cocomix":
         used.update(n_concepts=len(labeler.sae.encoder), k_concepts=settings.k_concepts,
@@ -140,7 +151,7 @@ def evaluate(model, windows, settings, world, final=False):
     """Mean next-token loss (nats) over a fixed set of `windows`, shared by all ranks; the raw module, no randomness.
 
     `final` also notes each concept's largest logit in model.concept_max."""
-    count, batches = windows.fixed(settings.eval_tokens, world.rank, world.size)
+    count, batches = windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))
     total, concepts = torch.zeros((), dtype=torch.float64), final and model.config.mix == "concept"
     if concepts:
         model.concept_max.fill_(-math.inf)
@@ -148,32 +159,12 @@ def evaluate(model, windows, settings, world, final=False):
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         with world.autocast(settings.dtype):
             out = model(idx, targets.contiguous())
-        total += out.ntp_loss.double().cpu() * targets.numel()
+        total += out.ntp_loss.cpu().double() * targets.numel()
         if concepts:
             model.concept_max.copy_(torch.maximum(model.concept_max, out.concept_logits.amax((0, 1))))
     if concepts and world.size > 1:
         dist.all_reduce(model.concept_max, op=dist.ReduceOp.MAX)
     return float(world.sum(total)) / (count * settings.block_size)
-
-
-class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a flag that all ranks read together after each step: it is saved, then they exit."""
-
-    def __init__(self, world):
-        self.world, self.number = world, 0
-
-    def __enter__(self):
-        def note(number, frame):
-            self.number = number
-        self.before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)
-
-    def asked(self):
-        return bool(self.world.sum(torch.tensor(self.number)))  # a CPU tensor: the GPU is not stalled
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -203,7 +194,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
     model = CoCoMix(model_config(settings, vocab_size, labeler)).to(world.device)
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
     identity = run_identity(settings, model.config, data, labeler)
-    begin, seconds, label_seconds = 0, 0.0, 0.0
+    begin, seconds, label_seconds, records = 0, 0.0, 0.0, []
     if resume:
         ckpt = load_checkpoint(out / "ckpt.pt", "model", world.device)
         changed = [k for k in identity if k != "steps" and identity[k] != ckpt["identity"].get(k)]
@@ -212,8 +203,11 @@ def train(settings, world, labeler=None, name="train", resume=False):
                              "or another --out")
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
-        begin, seconds, label_seconds = ckpt["step"], ckpt["seconds"], ckpt["label_seconds"]
-    log = Log(out / "log.jsonl", begin, world.main)
+        begin, records = ckpt["step"], ckpt["log"]
+        seconds, label_seconds = records[-1]["seconds"], records[-1]["label_seconds"]
+        if begin > settings.steps:
+            raise ValueError(f"{out}/ckpt.pt is at step {begin} already, beyond --steps {settings.steps}: raise --steps")
+    log = Log(out / "log.jsonl", records, world.main)
     step_model = model  # may be wrapped; evaluation, sampling and saving use the raw `model`
     if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
         step_model = torch.compile(step_model)
@@ -240,7 +234,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 batch = data.batch(*where)
                 if world.device.type == "cuda":  # pinned afresh each time: an older copy may still be reading
                     batch = [t.pin_memory() for t in batch]
-                idx, targets = (t.to(world.device, non_blocking=True) for t in batch)
+                idx, targets = (t.to(world.device, non_blocking=world.device.type == "cuda") for t in batch)
                 labels = labeler(idx, targets, data.numbers(*where)) if labeler else None
                 valid += 0 if labels is None else (labels >= 0).sum()
                 passes.append((idx, targets, labels))
@@ -285,17 +279,16 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 bar.set_postfix_str(f"loss {ntp:.3f} {speed:,.0f} tok/s", refresh=False)
                 if (saving or last) and world.main:
                     save_checkpoint(out / "ckpt.pt", "model", config=asdict(model.config), model=model.state_dict(),
-                                    optimizer=optimizer.state_dict(), step=done, seconds=seconds,
-                                    label_seconds=label_seconds, identity=identity, tokenizer=data.meta["tokenizer"])
+                                    optimizer=optimizer.state_dict(), step=done, identity=identity, log=log.records,
+                                    tokenizer=data.meta["tokenizer"])
                 sums, since, clock = torch.zeros_like(sums), 0, time.perf_counter()
                 labels_clock = labeler.seconds if labeler else 0.0
             bar.update()
             if stopping and not last:
-                world.print(f"stopped after step {done}, saved as {out}/ckpt.pt: the same command with --resume goes on "
-                            "(mode all goes on by itself)")
-                sys.exit(128 + (interrupt.number or signal.SIGTERM))
-    world.barrier()  # the files are there for every rank
-    return model, read_log(out / "log.jsonl")
+                interrupt.leave(out / "ckpt.pt", done)
+        if interrupt.asked():  # a signal during the last step or its evaluation ends mode all, too
+            interrupt.leave(out / "ckpt.pt", settings.steps)
+    return model, log.records
 
 
 # ---- mode all: the whole method ----------------------------------------------------------------------------
@@ -323,7 +316,7 @@ def stage(settings, world, name, labeler=None):
     config = model_config(settings, data.meta["vocab_size"], labeler)
     ckpt = saved(path, "model", run_identity(settings, config, data, labeler), settings.steps, world)
     if ckpt and ckpt["step"] == settings.steps:
-        return CoCoMix.from_checkpoint(ckpt).to(world.device), read_log(path.parent / "log.jsonl")
+        return CoCoMix.from_checkpoint(ckpt).to(world.device), ckpt["log"]
     return train(settings, world, labeler, name, resume=ckpt is not None)
 
 
@@ -359,12 +352,17 @@ def report(logs):
     return "\n".join(table)
 
 
-def sample(model, prompt, settings, world, n=200):
-    """`n` sampled tokens that continue `prompt`, as text with the prompt."""
-    encoding = get_tokenizer(read_meta(settings.data)["tokenizer"])
-    idx = torch.tensor([encoding.encode_ordinary(prompt)], device=world.device)
+def sample(model, settings, world, n=200):
+    """How the model goes on from the beginning of the validation text by `n` tokens, as text."""
+    val = Windows(settings.data, "val", settings.block_size)
+    try:
+        encoding = get_tokenizer(val.meta["tokenizer"])
+    except (OSError, ValueError) as e:  # the table does not depend on it
+        return f"(no sample: {e})"
+    prompt = val.window(0)[None, :min(24, settings.block_size)].to(world.device)
     generator = torch.Generator(world.device).manual_seed(settings.seed)
-    return encoding.decode(model.generate(idx, n, temperature=0.7, top_k=50, generator=generator)[0].tolist())
+    text = model.generate(prompt, n, temperature=0.7, top_k=50, generator=generator)[0].tolist()
+    return encoding.decode(text[:prompt.size(1)]) + "[...]" + encoding.decode(text[prompt.size(1):])
 
 
 def pipeline(settings, world):
@@ -383,15 +381,16 @@ def pipeline(settings, world):
 
     labeler = Labeler(teacher, sae.eval(), settings.sae_layer, settings.n_labels, settings.rank_by,
                       world.autocast(settings.dtype), keep=True)
+    models = {}
     for name, residual in (("CoCoMix", False), ("CoCoMix residual", True)):
         student = replace(settings, mode="cocomix", concept_residual=residual, **paths,
                           out=str(out / name.lower().replace(" ", "_")))
-        model, logs[name] = stage(student, world, name, labeler)
-        paper_form = paper_form if residual else model
+        models[name], logs[name] = stage(student, world, name, labeler)
     if world.main:
         labels = max(log[-1]["label_seconds"] for log in logs.values())
         text = (f"{report(logs)}\n\nConcept labels, made once for both students: {labels:.0f} s. This call: "
-                f"{time.perf_counter() - start:.0f} s.\n\nCoCoMix writes:\n\n{sample(paper_form, 'def ', settings, world)}\n")
+                f"{time.perf_counter() - start:.0f} s.\n\nCoCoMix goes on from validation text:\n\n"
+                f"{sample(models['CoCoMix'], settings, world)}\n")
         with atomic(out / "report.md") as tmp:
             tmp.write_text(text)
         world.print(f"\n{text}\nFiles: {out}/*/ckpt.pt (models, SAE), {out}/*/log.jsonl (curves), {out}/report.md (this)")
@@ -407,8 +406,9 @@ def single(settings, world):
                              f"`python sae.py --teacher {settings.teacher} --layer {ckpt['layer']}`")
         labeler = Labeler(teacher, TopKSAE.from_checkpoint(ckpt).to(world.device).eval(), ckpt["layer"],
                           settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
-    if (Path(settings.out) / "ckpt.pt").exists() and not settings.resume:
-        raise ValueError(f"{settings.out} already holds a checkpoint: go on with --resume, or choose another --out")
+        if not ckpt["figures"]:
+            world.print(f"{settings.sae} is of an SAE still in training, at step {ckpt['step']}")
+    check_out(settings.out, settings.resume)
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
     world.print(f"{settings.mode}: validation loss {log[-1]['val_loss']:.4f} after {log[-1]['tokens']:,} tokens; "
                 f"{settings.out}/ckpt.pt, {settings.out}/log.jsonl")
@@ -417,7 +417,7 @@ def single(settings, world):
 def main():
     settings = parse(TrainSettings, presets=PRESETS, preset="tiny")
     world = World(settings.device)
-    if settings.data == PYSTDLIB:
+    if settings.data == PYSTDLIB and not (Path(PYSTDLIB) / "meta.json").is_file():
         if world.main:
             prepare(DataSettings("pystdlib"))
         world.barrier()
