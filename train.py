@@ -212,7 +212,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
     if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
         step_model = torch.compile(step_model)
     if world.size > 1:
-        step_model = DistributedDataParallel(step_model)
+        step_model = DistributedDataParallel(step_model, broadcast_buffers=False)
     world.print(f"{name}: {model.num_parameters():,} parameters, {settings.steps} steps of {settings.batch_tokens} tokens "
                 f"= {world.size} processes x {rows} rows x {T} tokens x {accumulation} accumulated, on {world.device}"
                 + (f", from step {begin}" if begin else ""))
@@ -410,7 +410,8 @@ def single(settings, world):
             world.print(f"{settings.sae} is of an SAE still in training, at step {ckpt['step']}")
     check_out(settings.out, settings.resume)
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
-    world.print(f"{settings.mode}: validation loss {log[-1]['val_loss']:.4f} after {log[-1]['tokens']:,} tokens; "
+    end = [r for r in log if r.get("val_loss") is not None][-1]
+    world.print(f"{settings.mode}: validation loss {end['val_loss']:.4f} after {end['tokens']:,} tokens; "
                 f"{settings.out}/ckpt.pt, {settings.out}/log.jsonl")
 
 
