@@ -212,7 +212,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
     if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
         step_model = torch.compile(step_model)
     if world.size > 1:
-        step_model = DistributedDataParallel(step_model, broadcast_buffers=False)
+        step_model = DistributedDataParallel(step_model)
     world.print(f"{name}: {model.num_parameters():,} parameters, {settings.steps} steps of {settings.batch_tokens} tokens "
                 f"= {world.size} processes x {rows} rows x {T} tokens x {accumulation} accumulated, on {world.device}"
                 + (f", from step {begin}" if begin else ""))
