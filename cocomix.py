@@ -18,10 +18,24 @@ Teacher, next-token-prediction (NTP) and pause baselines are the same class: `mi
     model = CoCoMix(CoCoMixConfig(n_layer=8, n_head=8, n_embd=512, insert_layer=3))    # the paper's 69M student
     loss = model(idx, targets, concept_labels).loss    # int64: (B,T), (B,T), (B,T,4); -1 = ignore
 
+    python cocomix.py CKPT --prompt "import "                           # continue a text
+    python cocomix.py CKPT --prompt "import " --inspect                 # the concepts predicted for each token
+    python cocomix.py CKPT --prompt "import " --inspect 17              # where concept 17 is predicted
+    python cocomix.py CKPT --prompt "import " --steer 17=+8             # the continuation without and with steering
+    python cocomix.py CKPT --study                                      # how much steering does, over many prompts
+
 Dimensions: B batch, T tokens, D width, C concepts, K active concepts, V vocabulary.
 """
+import codecs
+import json
 import math
+import random
+import shutil
+import sys
+import time
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Literal, NamedTuple, Optional
 
 import torch
@@ -77,10 +91,16 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, only_concepts=False):
-        B, S, D = x.shape  # S positions: T below the insertion, 2T above
+    def forward(self, x, only_concepts=False, past=None):
+        B, S, D = x.shape  # S positions: T below the insertion, 2T above; only the new ones when there is a `past`
         q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, D // self.n_head).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, S, D/heads)
+        if past is not None:  # a list that holds keys and values of the positions before, and is kept up to date
+            k, v = (torch.cat([old, new], 2) for old, new in zip(past, (k, v))) if past else (k, v)
+            past[:] = k, v
+        before, mask = k.size(2) - S, None
+        if before and S > 1:  # lower-right causal: the last new position sees all, the one before it one less
+            mask = torch.ones(S, before + S, dtype=torch.bool, device=x.device).tril(before)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not before)
         y = y.transpose(1, 2).reshape(B, S, D)
         return self.c_proj(y[:, 1::2] if only_concepts else y)
 
@@ -101,9 +121,9 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), Attention(config)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, only_concepts=False):
+    def forward(self, x, only_concepts=False, past=None):
         """(B,S,D) -> (B,S,D), or with `only_concepts` (B,S/2,D): after the last block nothing reads the rest."""
-        y = self.attn(self.ln_1(x), only_concepts)
+        y = self.attn(self.ln_1(x), only_concepts, past)
         x = (x[:, 1::2] if only_concepts else x) + y
         return x + self.mlp(self.ln_2(x))
 
@@ -201,11 +221,12 @@ class CoCoMix(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def embed(self, idx):
-        """(B,T) int64 -> (B,T,D), token plus position. ValueError if T is larger than block_size."""
-        if idx.size(1) > self.config.block_size:
-            raise ValueError(f"{idx.size(1)} tokens do not fit block_size={self.config.block_size}: shorten the input")
-        return self.wte(idx) + self.wpe.weight[:idx.size(1)]
+    def embed(self, idx, start=0):
+        """(B,T) int64 -> (B,T,D), token plus position `start` on. ValueError if that exceeds block_size."""
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit block_size={self.config.block_size}: shorten the input")
+        return self.wte(idx) + self.wpe.weight[start:end]
 
     def predict_concepts(self, h):
         """Equations (1), (2): h (B,T,D) -> z (B,T,C), and mu, std (B,T,1), all fp32.
@@ -228,15 +249,16 @@ class CoCoMix(nn.Module):
         """(B,T,D) after the last block -> logits (B,T,V)."""
         return F.linear(self.ln_f(x), self.wte.weight)
 
-    def forward(self, idx, targets=None, concept_labels=None, steer=None):
+    def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None):
         """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count.
 
-        `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. ValueError if T is
-        larger than block_size, or if labels or steering come to a model without concepts."""
+        `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
+        (`new_cache`) idx continues the tokens that it has seen. ValueError if T is larger than block_size, or if
+        labels or steering come to a model without concepts."""
         config = self.config
         if config.mix != "concept" and (concept_labels is not None or steer is not None):
             raise ValueError(f"a model of mix={config.mix!r} has no concepts to label or steer: take one of mix='concept'")
-        h, z = self.embed(idx), None
+        h, z = self.embed(idx, cache["tokens"] if cache else 0), None
         for i, block in enumerate(self.h):
             if config.mix != "none" and i == config.insert_layer:
                 if config.mix == "concept":
@@ -247,7 +269,9 @@ class CoCoMix(nn.Module):
                 if config.concept_residual:
                     c = h + c
                 h = interleave(h, c.to(h.dtype))  # (B,2T,D): no new positions, the usual causal mask over 2T
-            h = block(h, only_concepts=config.mix != "none" and i == config.n_layer - 1)
+            h = block(h, config.mix != "none" and i == config.n_layer - 1, cache["past"][i] if cache else None)
+        if cache:
+            cache["tokens"] += idx.size(1)
         logits = self.head(h)
 
         loss = ntp_loss = l_concept = None
@@ -261,32 +285,46 @@ class CoCoMix(nn.Module):
 
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, generator=None):
-        """Continue idx (B,T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens) int64.
+    def new_cache(self):
+        """What `forward` keeps of the tokens it has seen: each block's keys and values, (B, heads, positions, D/heads);
+        a token has one position below the insertion and two above."""
+        return {"tokens": 0, "past": [[] for _ in self.h]}
 
-        temperature 0 is greedy; top_k keeps the likeliest tokens; past block_size the window slides. `steer`
-        {concept: strength} changes the concepts of each position that generates (see `steering`). Each step
-        runs the whole window. ValueError on an empty prompt, a negative temperature or a top_k below 1."""
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, generator=None, slide=True, cached=True):
+        """Yield the tokens, (B,1) int64 each, that continue idx (B,T): sampled, or greedy at temperature 0.
+
+        top_k keeps the likeliest tokens. `steer` {concept: strength} changes the concepts of each position that
+        generates (see `steering`). The prompt runs in one pass, then one token a step; at block_size tokens the
+        window slides, which runs all of it each step since every position moves, or with slide=False the text ends.
+        ValueError on an empty prompt, a negative temperature or a top_k below 1."""
         if idx.size(1) == 0:
             raise ValueError("the prompt is empty: give at least one token (<|endoftext|> starts a document)")
         if temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature={temperature} must be 0 or more, top_k={top_k} 1 or more")
-        prompt = idx.size(1)
+        prompt, block_size, new = idx.size(1), self.config.block_size, idx
+        cache = self.new_cache() if cached else None
         for _ in range(max_new_tokens):
-            window = idx[:, -self.config.block_size:]
-            start = max(0, prompt - 1 - (idx.size(1) - window.size(1)))  # the first position that generates
-            delta = None if steer is None else self.steering(steer, window.size(1), start)
-            logits = self(window, steer=delta).logits[:, -1].float()
+            if idx.size(1) > block_size and not slide:
+                return
+            if idx.size(1) > block_size or not cached:
+                new, cache = idx[:, -block_size:], None
+            start = max(0, prompt - 1 - (idx.size(1) - new.size(1)))  # the first of `new` that generates
+            delta = None if steer is None else self.steering(steer, new.size(1), start)
+            logits = self(new, steer=delta, cache=cache).logits[:, -1].float()
             if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
+                new = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
                     least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                     logits = logits.masked_fill(logits < least, -math.inf)
-                chosen = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
-            idx = torch.cat([idx, chosen], 1)
-        return idx
+                new = torch.multinomial(F.softmax(logits / temperature, -1), 1, generator=generator)
+            idx = torch.cat([idx, new], 1)
+            yield new
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, **options):
+        """idx (B,T) and its continuation, (B, T + up to max_new_tokens) int64; arguments and errors as in `stream`."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, steer, **options)], 1)
 
     def steering(self, steer, length, start):
         """{concept: strength} -> (length, C) to add to z: from position `start` on strength * |concept_max|, else 0.
@@ -341,3 +379,177 @@ class CoCoMix(nn.Module):
         if c.mix == "concept":
             forward += 2 * D * c.n_concepts + 2 * D * c.k_concepts
         return 3 * forward
+
+
+# ---- python cocomix.py CKPT: what a trained model thinks, and how to change it -----------------------------
+
+@dataclass(frozen=True)
+class GenerateSettings:
+    """Continue a prompt; read and steer the concepts behind it."""
+    ckpt: str  # checkpoint of a model (train.py)
+    prompt: str = ""  # text to continue or to inspect
+    tokens: int = 200  # tokens to generate
+    temperature: float = 0.8  # 0: always the likeliest token
+    top_k: int = 50  # sample among that many likeliest tokens; 0: among all
+    seed: int = 0  # of the sampling
+    slide: bool = True  # at the model's block size slide the window (slower); --no-slide ends there
+    inspect: Optional[int] = None  # show each token's strongest concepts; with a number, that concept along the prompt
+    steer: tuple[str, ...] = ()  # CONCEPT=STRENGTH as in 17=+8, in units of the concept's largest logit; repeatable
+    concepts: str = ""  # concept dictionary (sae.py describe); empty: the one beside the SAE of the training
+    study: bool = False  # measure steering: rates of typical tokens over many prompts, concepts and strengths
+    data: str = ""  # study: token shards whose validation split gives the prompts; empty: those of the training
+    device: str = "auto"  # cuda, mps or cpu; auto finds it
+
+    def __post_init__(self):
+        if self.tokens < 1 or self.top_k < 0 or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--tokens {self.tokens} must be at least 1, --top_k {self.top_k} and --temperature "
+                             f"{self.temperature} 0 or more")
+
+
+def parse_steer(words):
+    """("17=+8", "42=-4") -> {17: 8.0, 42: -4.0}. ValueError for anything else."""
+    steer = {}
+    for word in words:
+        concept, _, strength = word.partition("=")
+        try:
+            steer[int(concept)] = float(strength)
+        except ValueError:
+            raise ValueError(f"--steer {word}: write CONCEPT=STRENGTH, two numbers, as in --steer 17=+8") from None
+    return steer
+
+
+def load_dictionary(settings, ckpt):
+    """The entries of the concept dictionary, one dict a concept. ValueError if it is missing, damaged or another SAE's."""
+    trained = ckpt["log"][0]["settings"]
+    path = Path(settings.concepts or Path(trained["sae"]).parent / "concepts.json")
+    make = f"make it with `python sae.py describe --sae {trained['sae']} --teacher {trained['teacher']} --data {trained['data']}`"
+    if not path.is_file():
+        raise ValueError(f"no concept dictionary {path}: {make}, or name one with --concepts")
+    try:
+        dictionary = json.loads(path.read_text())
+        sae, entries = dictionary["sae"], dictionary["concepts"]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no concept dictionary ({e!r}): {make}") from e
+    if sae != ckpt["identity"]["labels"]["sae"]:
+        raise ValueError(f"{path} describes another SAE than the one this model learned from: {make}")
+    return entries
+
+
+def describe_concept(entry):
+    """A concept in a few words: the tokens it fires on, and those that follow."""
+    show = lambda items: " ".join(repr(text) for _, text, _ in items[:3]) or "nothing"
+    return f"{show(entry['tokens'])} > {show(entry['next'])}"
+
+
+def inspect(model, idx, encoding, entries, ckpt, concept):
+    """Print what the model predicts at each token of idx (1,T): its 4 strongest concepts, or one concept's logits."""
+    with torch.no_grad():
+        z = model(idx).concept_logits[0].cpu()  # (T,C)
+    words = [encoding.decode([i]) for i in idx[0].tolist()]
+    if concept >= 0:
+        largest = model.concept_max[concept].item()
+        print(f"concept {concept}: {describe_concept(entries[concept])}; logit at each token, largest on validation text {largest:.2f}")
+        for word, logit in zip(words, z[:, concept].tolist()):
+            if sys.stdout.isatty():  # the stronger, the greener
+                shade = round(5 * min(1, max(0, logit / abs(largest)))) if largest else 0
+                print(f"\033[48;5;{16 + 6 * shade}m{word}\033[0m", end="")
+            else:
+                print(f"{logit:8.2f}  {word!r}")
+        print()
+        return
+    for word, logits, ids in zip(words, *(t.tolist() for t in z.topk(min(4, z.size(-1))))):
+        print(f"{word!r:<10} " + " | ".join(f"{i} ({logit:.1f}) {describe_concept(entries[i])}" for i, logit in zip(ids, logits)))
+    norms = model.compress_layer.weight.norm(dim=-1)
+    print(f"\nEach: concept (logit) tokens it fires on > tokens that follow. The compression layer ignores "
+          f"{(norms < norms.median() / 10).float().mean():.1%} of the {len(norms)} concepts (norm below a tenth of the median "
+          f"{norms.median():.3f}; largest {norms.max():.3f}).")
+    if ckpt.get("agreement"):
+        n = ckpt["identity"]["labels"]["n_labels"]
+        print(f"On validation text {ckpt['agreement']['precision']:.1%} of its {n} strongest concepts are among the teacher's "
+              f"{n} labels of the token; guessing the {n} most frequent labels scores {ckpt['agreement']['base_rate']:.1%}.")
+
+
+@torch.no_grad()
+def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=(-8, -4, -2, -1, 0, 1, 2, 4, 8), seed=0, bar=None):
+    """Does steering do what it says? -> {strength: (rate, rate under a random concept, standard error of the rate)}.
+
+    Concepts: of those that fire on at least 1 token in 1000, the `concepts` whose likeliest follower has the largest
+    share. A concept's rate is the share of generated tokens that are typical followers (`next`) of it, over prompts
+    (P,T) int64 and `tokens` tokens each at temperature 1, same seed throughout. The control steers a random other
+    concept by as much and counts the same tokens."""
+    often = [e for e in entries if e["rate"] >= 1e-3 and e["next"]]
+    chosen = sorted(often, key=lambda e: -max(share for _, _, share in e["next"]))[:concepts]
+    if not chosen:
+        raise ValueError("no concept fires on 1 token in 1000 in this dictionary: describe the SAE on more text")
+    draw = random.Random(seed)
+    controls = [draw.choice([e["id"] for e in often if e is not entry] or [entry["id"]]) for entry in chosen]
+
+    def rate(entry, steered, strength):
+        generator = torch.Generator(prompts.device).manual_seed(seed)
+        new = model.generate(prompts, tokens, steer={steered: strength}, generator=generator)[:, prompts.size(1):]
+        bar is None or bar.update()
+        return torch.isin(new, torch.tensor([i for i, _, _ in entry["next"]], device=new.device)).float().mean().item()
+    table = {}
+    for strength in strengths:
+        rates = torch.tensor([rate(entry, entry["id"], strength) for entry in chosen])
+        random_rates = [rate(entry, other, strength) for entry, other in zip(chosen, controls)] if strength else rates.tolist()
+        table[strength] = rates.mean().item(), sum(random_rates) / len(chosen), (rates.std() / len(chosen) ** 0.5).item()
+    return table
+
+
+def main():
+    from data import Windows, World, get_tokenizer, load_checkpoint, parse
+    settings = parse(GenerateSettings, positional=["ckpt"])
+    world, steer = World(settings.device), parse_steer(settings.steer)
+    ckpt = load_checkpoint(settings.ckpt, "model", world.device)
+    model, encoding = CoCoMix.from_checkpoint(ckpt).to(world.device).eval(), get_tokenizer(ckpt["tokenizer"])
+    if (steer or settings.inspect is not None or settings.study) and model.config.mix != "concept":
+        raise ValueError(f"{settings.ckpt} is a model of mix={model.config.mix!r}: it has no concepts to inspect or steer; train "
+                         "one that has with `python train.py`")
+    for concept in [*steer, *([] if settings.inspect in (None, -1) else [settings.inspect])]:
+        if not 0 <= concept < model.config.n_concepts:
+            raise ValueError(f"there is no concept {concept}: this model has 0 to {model.config.n_concepts - 1}")
+    if settings.study:
+        T = model.config.block_size
+        val = Windows(settings.data or ckpt["log"][0]["settings"]["data"], "val", T)
+        prompts = torch.stack([val.window(n)[:T // 4] for n in val.spread(32 * T)]).to(world.device)
+        with world.bar(20 * 17, "study") as bar:
+            table = steering_study(model, prompts, load_dictionary(settings, ckpt), seed=settings.seed, bar=bar)
+        print("| strength | rate of typical tokens | against unsteered | a random concept steered |\n|---|---|---|---|")
+        for strength, (rate, control, error) in table.items():
+            print(f"| {strength:+} | {rate:.4f} ± {error:.4f} | {rate / max(table[0][0], 1e-9):.2f} x | {control:.4f} |")
+        return
+    ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
+    if not ids:
+        raise ValueError("the prompt is empty: give some text with --prompt TEXT")
+    if len(ids) > model.config.block_size:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model sees {model.config.block_size} at once: shorten it")
+    idx = torch.tensor([ids], device=world.device)
+    if settings.inspect is not None:
+        return inspect(model, idx, encoding, load_dictionary(settings, ckpt), ckpt, settings.inspect)
+
+    def stream(steer):
+        generator, text = torch.Generator(world.device).manual_seed(settings.seed), codecs.getincrementaldecoder("utf-8")("replace")
+        for new in model.stream(idx, settings.tokens, settings.temperature, settings.top_k or None, steer, generator, settings.slide):
+            yield text.decode(encoding.decode_single_token_bytes(new.item()))
+        yield text.decode(b"", final=True)
+    if steer:  # two columns, same seed
+        width = (shutil.get_terminal_size((100, 24)).columns - 3) // 2
+        columns = [["without steering", ""], ["steered " + " ".join(settings.steer), ""]]
+        for column, change in zip(columns, (None, steer)):
+            for line in (settings.prompt + "".join(stream(change))).splitlines():
+                column += [line[i:i + width] for i in range(0, len(line), width)] or [""]
+        for left, right in zip_longest(*columns, fillvalue=""):
+            print(f"{left:<{width}} | {right}".rstrip())
+        return
+    print(settings.prompt, end="", flush=True)
+    start, made = time.perf_counter(), 0
+    for piece in stream(None):
+        print(piece, end="", flush=True)
+        made += 1
+    print(f"\n[{(made - 1) / (time.perf_counter() - start):,.0f} tokens/s]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from data import run
+    run(main)

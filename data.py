@@ -26,7 +26,7 @@ import sysconfig
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -42,7 +42,8 @@ EOT = "<|endoftext|>"
 def parse(cls, argv=None, positional=(), presets=None, preset=None):
     """An instance of the frozen dataclass `cls` from the command line.
 
-    One flag a field, of its type and default, its comment as help; `Literal` gives choices. `presets`
+    One flag a field, of its type and default, its comment as help; `Literal` gives choices, a flag of type
+    tuple[X, ...] can be repeated, one of type Optional[int] can stand alone, which means -1. `presets`
     {name: {field: value}} adds --preset, whose values other flags override. A wrong flag or value ends the
     program with what would be right. In flags - and _ are the same."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -61,6 +62,10 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
             extra["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
             extra["choices"] = get_args(kind)
+        elif get_origin(kind) is tuple:
+            extra.update(action="append", type=get_args(kind)[0], metavar="...")
+        elif get_origin(kind) is Union:  # Optional[int]
+            extra.update(nargs="?", const=-1, type=get_args(kind)[0], metavar="...")
         else:
             extra.update(type=kind, metavar=kind.__name__.upper())
         parser.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), default=f.default, **extra)
@@ -73,7 +78,8 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else ""))
     try:
-        return cls(**{k: v for k, v in vars(args).items() if k != "preset"})
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(args).items() if k != "preset"}
+        return cls(**values)
     except ValueError as e:
         parser.error(str(e))
 
@@ -445,13 +451,18 @@ class Windows:
         window = torch.stack([self.window(n) for n in self.numbers(step, rows, rank, world)])
         return window[:, :-1].contiguous(), window[:, 1:].contiguous()
 
+    def spread(self, tokens):
+        """The numbers of windows that hold about `tokens` tokens, spread evenly over the split."""
+        count = min(len(self), max(1, tokens // self.block_size))
+        return [n * len(self) // count for n in range(count)]
+
     def fixed(self, tokens, rank=0, world=1, rows=16):
         """This rank's share of a fixed set of about `tokens` tokens spread over the split: (windows of all ranks
         together, list of batches (up to `rows`, T+1))."""
-        count = min(len(self), max(1, tokens // self.block_size))
-        chosen = [n * len(self) // count for n in range(rank, count, world)]
+        everyone = self.spread(tokens)
+        chosen = everyone[rank::world]
         parts = [chosen[i:i + rows] for i in range(0, len(chosen), rows)]
-        return count, [torch.stack([self.window(n) for n in part]) for part in parts]
+        return len(everyone), [torch.stack([self.window(n) for n in part]) for part in parts]
 
 
 # ---- the processes and devices of a run --------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     python sae.py --teacher out/tiny/ntp/ckpt.pt --data data/pystdlib --layer 1 --out out/my_sae
     torchrun --nproc_per_node=8 sae.py --teacher CKPT --data DATA --out OUT      # the same on the 8 GPUs of a node
+    python sae.py describe --sae out/tiny/sae/ckpt.pt --teacher out/tiny/ntp/ckpt.pt     # what its latents fire on
 
 How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by attribution):
     r   = the teacher's residual stream after block `layer` (0-based), standardised as in equation (1)
@@ -16,6 +17,8 @@ SAE form and training: Gao et al., "Scaling and evaluating sparse autoencoders",
 Dimensions: B batch, T tokens, D the teacher's width, C latents, K active latents.
 """
 import hashlib
+import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,8 +29,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, sparse_matmul, standardise, top_k
-from data import Interrupt, Log, Windows, World, load_checkpoint, parse, run, save_checkpoint
+from data import (Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, run,
+                  save_checkpoint)
 
+STRONGEST = 64  # firings a latent is described by
 RANKINGS = ("attribution", "negative", "absolute", "activation")
 
 
@@ -209,12 +214,15 @@ class Labeler:
         return {"teacher": fingerprint(self.teacher), "sae": fingerprint(self.sae), "layer": self.layer,
                 "n_labels": self.n_labels, "rank_by": self.rank_by}
 
+    def make(self, idx, targets):
+        with self.autocast or torch.autocast(idx.device.type, enabled=False):
+            return concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
+
     def __call__(self, idx, targets, numbers):
         if self.kept and all(n in self.kept for n in numbers):
             return torch.stack([self.kept[n] for n in numbers]).to(idx.device, torch.int64)
         start = time.perf_counter()
-        with self.autocast or torch.autocast(idx.device.type, enabled=False):
-            labels = concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
+        labels = self.make(idx, targets)
         if self.keep:
             self.kept.update(zip(numbers, labels.to(torch.int32).cpu()))
             self.seconds += time.perf_counter() - start
@@ -387,6 +395,109 @@ def load_teacher(path, device):
     return CoCoMix.from_checkpoint(load_checkpoint(path, "model")).to(device).eval().requires_grad_(False)
 
 
+# ---- reading latents: the concept dictionary ---------------------------------------------------------------
+
+@dataclass(frozen=True)
+class DescribeSettings:
+    """Write a concept dictionary, concepts.json, beside an SAE: what each latent fires on in held-out text."""
+    sae: str = ""  # checkpoint of the SAE (sae.py)
+    teacher: str = ""  # checkpoint of its teacher (train.py --mode ntp)
+    data: str = "data/pystdlib"  # folder of token shards (data.py); its validation split is read
+    tokens: int = 0  # tokens to read, spread over the split; 0: all
+    snippets: int = 8  # pieces of text a latent, around its strongest activations
+    device: str = "auto"  # cuda, mps or cpu; auto finds it
+
+    def __post_init__(self):
+        if self.tokens < 0 or not 1 <= self.snippets <= STRONGEST:
+            raise ValueError(f"--tokens {self.tokens} must be 0 or more, --snippets {self.snippets} from 1 to {STRONGEST}")
+        if not (self.sae and self.teacher):
+            raise ValueError("describe needs --sae CKPT (from sae.py) and --teacher CKPT (the one it was trained on)")
+
+
+class Strongest:
+    """The STRONGEST largest activations of each of C latents in a stream, and their places: (C, STRONGEST) memory."""
+
+    def __init__(self, n_latents):
+        self.values, self.places = torch.zeros(n_latents, STRONGEST), torch.full((n_latents, STRONGEST), -1)
+
+    def add(self, values, latents, places):
+        """values, latents, places (N,), one entry a firing, in the order of the text; of equal ones the first stays."""
+        keep = values > self.values[latents, -1]  # the others cannot enter
+        values, latents, places = values[keep], latents[keep], places[keep]
+        order = values.argsort(descending=True, stable=True)
+        order = order[latents[order].argsort(stable=True)]  # by latent, its strongest first
+        values, latents, places = values[order], latents[order], places[order]
+        rank = torch.arange(len(latents)) - torch.searchsorted(latents, latents)
+        top = rank < STRONGEST
+        new_values, new_places = torch.zeros_like(self.values), torch.full_like(self.places, -1)
+        new_values[latents[top], rank[top]], new_places[latents[top], rank[top]] = values[top], places[top]
+        values, at = torch.cat([self.values, new_values], 1).sort(dim=1, descending=True, stable=True)
+        places = torch.cat([self.places, new_places], 1).gather(1, at)
+        self.values, self.places = values[:, :STRONGEST], places[:, :STRONGEST]
+
+
+def typical(ids, frequency, encoding, n=6):
+    """The tokens typical of a list of ids, [[id, text, share], ...]: by share * log(share / frequency in the text)."""
+    if not ids:
+        return []
+    values, counts = torch.tensor(ids).unique(return_counts=True)
+    share = counts / len(ids)
+    score, order = (share * (share / frequency[values]).log()).sort(descending=True, stable=True)
+    return [[int(values[i]), encoding.decode([int(values[i])]), round(float(share[i]), 4)]
+            for s, i in zip(score[:n], order) if s > 0]
+
+
+@torch.no_grad()
+def describe(teacher, sae, layer, windows, encoding, world, tokens=0, snippets=8, around=12):
+    """Yield the concept dictionary of an SAE, one dict of plain types a latent, from about `tokens` tokens of `windows`.
+
+    `rate`: share of tokens it fires on; `max`: its largest activation; `tokens`, `next`: the token ids typical of its
+    STRONGEST strongest firings, and of what follows them, as [id, text, share] (see `typical`); `snippets`: [text before,
+    token, text after, activation] around the strongest. The first position of a window is left out. Memory does not
+    grow with the text."""
+    check_pair(teacher, layer, sae)
+    T, C = windows.block_size, len(sae.encoder)
+    chosen = windows.spread(tokens or len(windows) * T)
+    strongest, fired, seen = Strongest(C), torch.zeros(C, dtype=torch.int64), torch.zeros(encoding.n_vocab)
+    with world.bar(len(chosen), "describe") as bar:
+        for start in range(0, len(chosen), 16):
+            window = torch.stack([windows.window(n) for n in chosen[start:start + 16]])  # (B,T+1)
+            values, indices = sae.encode(residual(teacher, window[:, :-1].to(world.device), layer))
+            values, indices = values[:, 1:].cpu(), indices[:, 1:].cpu()  # (B,T-1,K)
+            places = (start + torch.arange(len(window)))[:, None] * T + torch.arange(1, T)  # of chosen[place // T]
+            active = values > 0
+            fired += torch.bincount(indices[active], minlength=C)
+            seen += torch.bincount(window[:, 1:].flatten(), minlength=encoding.n_vocab)
+            strongest.add(values[active], indices[active], places[..., None].expand_as(indices)[active])
+            bar.update(len(window))
+    frequency, count = seen / seen.sum(), len(chosen) * (T - 1)
+    for latent in range(C):
+        places = [p for p in strongest.places[latent].tolist() if p >= 0]
+        texts = [(windows.window(chosen[p // T]).tolist(), p % T) for p in places]
+        yield {"id": latent, "rate": fired[latent].item() / count, "max": round(strongest.values[latent, 0].item(), 4),
+               "tokens": typical([ids[at] for ids, at in texts], frequency, encoding),
+               "next": typical([ids[at + 1] for ids, at in texts], frequency, encoding),
+               "snippets": [[encoding.decode(ids[max(0, at - around):at]), encoding.decode([ids[at]]),
+                             encoding.decode(ids[at + 1:at + 1 + around]), round(value, 4)]
+                            for (ids, at), value in zip(texts[:snippets], strongest.values[latent].tolist())]}
+
+
+def write_dictionary(settings):
+    """The command `sae.py describe`: concepts.json beside the SAE, a header line and one line a latent."""
+    world = World(settings.device)
+    teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
+    check_teacher(ckpt, teacher, settings)
+    sae, windows = TopKSAE.from_checkpoint(ckpt).to(world.device), Windows(settings.data, "val", teacher.config.block_size)
+    path, name = Path(settings.sae).parent / "concepts.json", windows.meta["tokenizer"]
+    entries = describe(teacher, sae, ckpt["layer"], windows, get_tokenizer(name), world, settings.tokens, settings.snippets)
+    with atomic(path) as tmp, open(tmp, "w") as f:
+        f.write(json.dumps({"format": "cocomix-concepts-1", "sae": fingerprint(sae), "tokenizer": name})[:-1] + ', "concepts": [\n')
+        for entry in entries:
+            f.write((",\n" if entry["id"] else "") + json.dumps(entry))
+        f.write("\n]}\n")
+    world.print(f"{path}: {len(sae.encoder)} concepts from {settings.data}")
+
+
 def check_out(out, resume):
     """ValueError unless folder `out` has a checkpoint exactly if `resume` wants one: a run never overwrites another."""
     if (Path(out) / "ckpt.pt").exists() and not resume:
@@ -395,7 +506,17 @@ def check_out(out, resume):
         raise ValueError(f"{out} holds no checkpoint to go on from: leave out --resume, or name the run's --out")
 
 
+def check_teacher(ckpt, teacher, settings):
+    """ValueError unless the SAE in `ckpt` was trained on `teacher`; `settings` name both files."""
+    check_pair(teacher, ckpt["layer"])
+    if ckpt["identity"]["teacher"] != fingerprint(teacher):
+        raise ValueError(f"{settings.sae} was trained on another teacher than {settings.teacher}: train one with "
+                         f"`python sae.py --teacher {settings.teacher} --layer {ckpt['layer']}`")
+
+
 def main():
+    if sys.argv[1:2] == ["describe"]:
+        return write_dictionary(parse(DescribeSettings, sys.argv[2:]))
     settings = parse(SAESettings)
     world = World(settings.device)
     if not settings.teacher:

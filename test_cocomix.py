@@ -213,15 +213,37 @@ def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
     assert model.compress_layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
-def test_generate_is_repeated_argmax_and_slides_past_the_block(mix):
-    model, prompt = small(mix), tokens(2, 3)
-    out, want = model.generate(prompt, T + 2, temperature=0), prompt
+@pytest.mark.parametrize("mix,changes", [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0, "concept_residual": True})])
+@pytest.mark.parametrize("length", [1, 2, 7, T, T + 3])
+def test_generation_with_the_cache_is_generation_without(mix, changes, length):
+    """Token for token, prompts of one token and more, batches, and past block_size, where the window slides."""
+    model, prompt = small(mix, **changes), tokens(3, length)
+    want = prompt
     for _ in range(T + 2):
         want = torch.cat([want, model(want[:, -T:]).logits[:, -1].argmax(-1, keepdim=True)], 1)
-    assert torch.equal(out, want)
-    g = [model.generate(prompt, 5, temperature=1.0, top_k=3, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*g) and torch.equal(model.generate(prompt, 4, temperature=5.0, top_k=1), out[:, :7])
+    assert torch.equal(model.generate(prompt, T + 2, temperature=0), want)
+    assert torch.equal(model.generate(prompt, T + 2, temperature=0, cached=False), want)
+    assert model.generate(prompt, T + 2, temperature=0, slide=False).size(1) == max(length, T + 1)
+    steer = {3: 2.0, 9: -4.0} if mix == "concept" else None
+    g = [model.generate(prompt, 9, 1.0, 5, steer, cached=c, generator=torch.Generator().manual_seed(1)) for c in (True, False)]
+    assert torch.equal(*g) and torch.equal(model.generate(prompt, 4, temperature=5.0, top_k=1), want[:, :length + 4])
+
+
+@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
+def test_cached_logits_are_the_full_passes(mix):
+    """Any cut of the text into pieces: the lower-right mask above the insertion, two rows a token."""
+    model, idx = small(mix), tokens(2, T)
+    want, cache, got, at = model(idx), model.new_cache(), [], 0
+    for piece in (3, 1, 5, 1, 6):
+        got.append(model(idx[:, at:at + piece], cache=cache).logits)
+        at += piece
+    assert torch.allclose(torch.cat(got, 1), want.logits, atol=1e-4) and at == T == cache["tokens"]
+    assert [p[0].size(2) for p in cache["past"]] == ([T] * 4 if mix == "none" else [T, T, 2 * T, 2 * T])
+    with pytest.raises(ValueError, match="block_size"):
+        model(idx[:, :1], cache=cache)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.generate(idx[:, :4], 6, temperature=0)
+    assert rough.shape == (2, 10)
 
 
 def test_steering_adds_to_one_logit_at_generated_positions_only():

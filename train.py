@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
                   run, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, fingerprint, load_teacher, sae_identity, train_sae)
+from sae import (Labeler, SAESettings, TopKSAE, check_out, check_teacher, describe_figures, load_teacher, sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
 PRESETS = {"tiny": {"compile": "off"}}  # the defaults below; compiling takes longer than these runs
@@ -147,24 +147,38 @@ def peak_flops(device):
 
 
 @torch.no_grad()
-def evaluate(model, windows, settings, world, final=False):
-    """Mean next-token loss (nats) over a fixed set of `windows`, shared by all ranks; the raw module, no randomness.
-
-    `final` also notes each concept's largest logit in model.concept_max."""
+def evaluate(model, windows, settings, world):
+    """Mean next-token loss (nats) over a fixed set of `windows`, shared by all ranks; the raw module, no randomness."""
     count, batches = windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))
-    total, concepts = torch.zeros((), dtype=torch.float64), final and model.config.mix == "concept"
-    if concepts:
-        model.concept_max.fill_(-math.inf)
+    total = torch.zeros((), dtype=torch.float64)
     for window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         with world.autocast(settings.dtype):
-            out = model(idx, targets.contiguous())
-        total += out.ntp_loss.cpu().double() * targets.numel()
-        if concepts:
-            model.concept_max.copy_(torch.maximum(model.concept_max, out.concept_logits.amax((0, 1))))
-    if concepts and world.size > 1:
-        dist.all_reduce(model.concept_max, op=dist.ReduceOp.MAX)
+            total += model(idx, targets.contiguous()).ntp_loss.cpu().double() * targets.numel()
     return float(world.sum(total)) / (count * settings.block_size)
+
+
+@torch.no_grad()
+def review_concepts(model, windows, settings, world, labeler):
+    """What a trained student's predictions are like on the same fixed set: notes each concept's largest logit in
+    model.concept_max, and returns how well its n strongest concepts a token agree with the teacher's n labels:
+    {precision: share of them that are labels, base_rate: the same for always guessing the n most frequent labels}."""
+    n, C = labeler.n_labels, model.config.n_concepts
+    model.concept_max.fill_(-math.inf)
+    hits, tokens, frequency = torch.zeros(()), torch.zeros(()), torch.zeros(C)
+    for window in windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))[1]:
+        idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
+        labels = labeler.make(idx, targets)
+        with world.autocast(settings.dtype):
+            z = model(idx).concept_logits
+        model.concept_max.copy_(torch.maximum(model.concept_max, z.amax((0, 1))))
+        hits += (z.topk(n).indices.unsqueeze(-1) == labels.unsqueeze(-2)).sum().cpu()
+        tokens += (labels >= 0).any(-1).sum().cpu()
+        frequency += torch.bincount(labels[labels >= 0], minlength=C).cpu()
+    if world.size > 1:
+        dist.all_reduce(model.concept_max, op=dist.ReduceOp.MAX)
+    possible = n * world.sum(tokens).clamp(min=1)
+    return {"precision": float(world.sum(hits) / possible), "base_rate": float(world.sum(frequency).topk(n).values.sum() / possible)}
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -269,7 +283,8 @@ def train(settings, world, labeler=None, name="train", resume=False):
                         f"or lengthen --warmup {settings.warmup}; the last good checkpoint, if any, is {out}/ckpt.pt")
                 speed, peak = since * settings.batch_tokens / elapsed, peak_flops(world.device)
                 mfu = peak and model.flops_per_token() * speed / (peak * world.size)
-                val_loss = evaluate(model, val, settings, world, final=last) if validating else None
+                val_loss = evaluate(model, val, settings, world) if validating else None
+                agreement = review_concepts(model, val, settings, world, labeler) if last and labeler else None
                 note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, val_loss=val_loss, lr=lr,
                      grad_norm=norm, tok_per_s=round(speed), mfu=mfu)
                 if validating:
@@ -280,7 +295,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 if (saving or last) and world.main:
                     save_checkpoint(out / "ckpt.pt", "model", config=asdict(model.config), model=model.state_dict(),
                                     optimizer=optimizer.state_dict(), step=done, identity=identity, log=log.records,
-                                    tokenizer=data.meta["tokenizer"])
+                                    tokenizer=data.meta["tokenizer"], agreement=agreement)
                 sums, since, clock = torch.zeros_like(sums), 0, time.perf_counter()
                 labels_clock = labeler.seconds if labeler else 0.0
             bar.update()
@@ -401,9 +416,7 @@ def single(settings, world):
     labeler = None
     if settings.mode == "cocomix":
         teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
-        if ckpt["identity"]["teacher"] != fingerprint(teacher):
-            raise ValueError(f"{settings.sae} was trained on another teacher than {settings.teacher}: train one with "
-                             f"`python sae.py --teacher {settings.teacher} --layer {ckpt['layer']}`")
+        check_teacher(ckpt, teacher, settings)
         labeler = Labeler(teacher, TopKSAE.from_checkpoint(ckpt).to(world.device).eval(), ckpt["layer"],
                           settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
         if not ckpt["figures"]:
