@@ -48,6 +48,7 @@ class CoCoMixConfig:
     """Sizes of the model. Defaults: GPT-2 124M with the paper's concepts."""
     block_size: int = 1024  # T: longest context, in tokens
     vocab_size: int = 50257  # V
+    vocab_multiple: int = 1  # embedding rows are padded to a multiple of this (64 suits GPUs); no padding in logits
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # D
@@ -61,7 +62,7 @@ class CoCoMixConfig:
     def __post_init__(self):
         if self.mix not in ("none", "pause", "concept"):
             raise ValueError(f"mix={self.mix!r} is none of none, pause, concept")
-        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+        if min(self.block_size, self.vocab_size, self.vocab_multiple, self.n_layer, self.n_head, self.n_embd) < 1:
             raise ValueError(f"a size below 1 in {self}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads: "
@@ -197,7 +198,8 @@ class CoCoMix(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head (tied)
+        rows = math.ceil(config.vocab_size / config.vocab_multiple) * config.vocab_multiple
+        self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -247,7 +249,7 @@ class CoCoMix(nn.Module):
 
     def head(self, x):
         """(B,T,D) after the last block -> logits (B,T,V)."""
-        return F.linear(self.ln_f(x), self.wte.weight)
+        return F.linear(self.ln_f(x), self.wte.weight)[..., :self.config.vocab_size]  # padding is never scored
 
     def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None):
         """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count.
@@ -373,7 +375,7 @@ class CoCoMix(nn.Module):
         c = self.config
         D, T, inserted = c.n_embd, c.block_size, c.mix != "none"
         below, above = (c.insert_layer, c.n_layer - c.insert_layer) if inserted else (c.n_layer, 0)
-        forward = below * (24 * D * D + 4 * T * D) + above * 2 * (24 * D * D + 4 * 2 * T * D) + 2 * D * c.vocab_size
+        forward = below * (24 * D * D + 4 * T * D) + above * 2 * (24 * D * D + 4 * 2 * T * D) + 2 * D * len(self.wte.weight)
         if inserted:
             forward -= 18 * D * D  # the last block's c_proj (2 D^2) and MLP (16 D^2) at the token positions
         if c.mix == "concept":
@@ -437,7 +439,7 @@ def load_dictionary(settings, ckpt):
 
 def describe_concept(entry):
     """A concept in a few words: the tokens it fires on, and those that follow."""
-    show = lambda items: " ".join(repr(text) for _, text, _ in items[:3]) or "nothing"
+    show = lambda items: " ".join(repr(text) for _, text, *_ in items[:3]) or "nothing"
     return f"{show(entry['tokens'])} > {show(entry['next'])}"
 
 
@@ -473,12 +475,12 @@ def inspect(model, idx, encoding, entries, ckpt, concept):
 def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=(-8, -4, -2, -1, 0, 1, 2, 4, 8), seed=0, bar=None):
     """Does steering do what it says? -> {strength: (rate, rate under a random concept, standard error of the rate)}.
 
-    Concepts: of those that fire on at least 1 token in 1000, the `concepts` whose likeliest follower has the largest
-    share. A concept's rate is the share of generated tokens that are typical followers (`next`) of it, over prompts
+    Concepts: of those that fire on at least 1 token in 1000, the `concepts` with the most typical follower, by share
+    * log(lift). A concept's rate is the share of generated tokens that are typical followers (`next`) of it, over prompts
     (P,T) int64 and `tokens` tokens each at temperature 1, same seed throughout. The control steers a random other
     concept by as much and counts the same tokens."""
     often = [e for e in entries if e["rate"] >= 1e-3 and e["next"]]
-    chosen = sorted(often, key=lambda e: -max(share for _, _, share in e["next"]))[:concepts]
+    chosen = sorted(often, key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))[:concepts]
     if not chosen:
         raise ValueError("no concept fires on 1 token in 1000 in this dictionary: describe the SAE on more text")
     draw = random.Random(seed)
@@ -488,12 +490,12 @@ def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=(-
         generator = torch.Generator(prompts.device).manual_seed(seed)
         new = model.generate(prompts, tokens, steer={steered: strength}, generator=generator)[:, prompts.size(1):]
         bar is None or bar.update()
-        return torch.isin(new, torch.tensor([i for i, _, _ in entry["next"]], device=new.device)).float().mean().item()
+        return torch.isin(new, torch.tensor([i for i, *_ in entry["next"]], device=new.device)).float().mean().item()
     table = {}
     for strength in strengths:
         rates = torch.tensor([rate(entry, entry["id"], strength) for entry in chosen])
         random_rates = [rate(entry, other, strength) for entry, other in zip(chosen, controls)] if strength else rates.tolist()
-        table[strength] = rates.mean().item(), sum(random_rates) / len(chosen), (rates.std() / len(chosen) ** 0.5).item()
+        table[strength] = rates.mean().item(), sum(random_rates) / len(chosen), rates.std(correction=0).item() / max(1, len(chosen) - 1) ** 0.5
     return table
 
 
@@ -547,7 +549,8 @@ def main():
     for piece in stream(None):
         print(piece, end="", flush=True)
         made += 1
-    print(f"\n[{(made - 1) / (time.perf_counter() - start):,.0f} tokens/s]", file=sys.stderr)
+    print(flush=True)
+    print(f"[{(made - 1) / (time.perf_counter() - start):,.0f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,8 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
             extra.update(nargs="?", const=-1, type=get_args(kind)[0], metavar="...")
         else:
             extra.update(type=kind, metavar=kind.__name__.upper())
-        parser.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), default=f.default, **extra)
+        default = list(f.default) if isinstance(f.default, tuple) else f.default
+        parser.add_argument(*dict.fromkeys(["--" + f.name, "--" + f.name.replace("_", "-")]), default=default, **extra)
     if presets:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=preset)

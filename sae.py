@@ -437,13 +437,14 @@ class Strongest:
 
 
 def typical(ids, frequency, encoding, n=6):
-    """The tokens typical of a list of ids, [[id, text, share], ...]: by share * log(share / frequency in the text)."""
+    """The tokens typical of a list of ids, by share * log(lift): [[id, text, share of the ids, lift], ...], the lift
+    being that share over the token's `frequency` in the text."""
     if not ids:
         return []
     values, counts = torch.tensor(ids).unique(return_counts=True)
-    share = counts / len(ids)
-    score, order = (share * (share / frequency[values]).log()).sort(descending=True, stable=True)
-    return [[int(values[i]), encoding.decode([int(values[i])]), round(float(share[i]), 4)]
+    share, lift = counts / len(ids), counts / len(ids) / frequency[values]
+    score, order = (share * lift.log()).sort(descending=True, stable=True)
+    return [[int(values[i]), encoding.decode([int(values[i])]), round(float(share[i]), 4), round(float(lift[i]), 4)]
             for s, i in zip(score[:n], order) if s > 0]
 
 
@@ -452,7 +453,7 @@ def describe(teacher, sae, layer, windows, encoding, world, tokens=0, snippets=8
     """Yield the concept dictionary of an SAE, one dict of plain types a latent, from about `tokens` tokens of `windows`.
 
     `rate`: share of tokens it fires on; `max`: its largest activation; `tokens`, `next`: the token ids typical of its
-    STRONGEST strongest firings, and of what follows them, as [id, text, share] (see `typical`); `snippets`: [text before,
+    STRONGEST strongest firings, and of what follows them, as [id, text, share, lift] (see `typical`); `snippets`: [text before,
     token, text after, activation] around the strongest. The first position of a window is left out. Memory does not
     grow with the text."""
     check_pair(teacher, layer, sae)

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Optional
 
 import numpy as np
 import pytest
@@ -17,10 +17,11 @@ import tiktoken
 import torch
 import torch.nn.functional as F
 
+import cocomix as cocomix_module
 import data as data_module
-from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, top_k
+from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, steering_study, top_k
 from data import (DataSettings, Interrupt, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
-from sae import (Labeler, SAEOutput, SAESettings, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
+from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
 from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
 
 HERE = Path(__file__).parent
@@ -197,6 +198,18 @@ def test_flops_are_those_torch_counts():
             model(tokens(1, T))
         mixing = 2 * D * SMALL["k_concepts"] if mix == "concept" else 0  # torch does not count embedding_bag
         assert model.flops_per_token() == 3 * (counter.get_total_flops() / T + mixing)
+
+
+def test_padded_vocabulary_is_never_scored_or_sampled():
+    model, padded, idx = small(), small(vocab_multiple=64), tokens(2, T)
+    assert padded.wte.weight.shape == (320, D) and padded.flops_per_token() - model.flops_per_token() == 6 * D * 63
+    with torch.no_grad():
+        for p, q in zip(padded.parameters(), model.parameters()):
+            p[:len(q)] = q
+        padded.wte.weight[V:] = 10 * padded.wte.weight[5]  # would win every argmax and swell every log-sum-exp
+    a, b = model(idx, idx), padded(idx, idx)
+    assert torch.equal(a.logits, b.logits) and torch.equal(a.loss, b.loss) and b.logits.size(-1) == V
+    assert padded.generate(idx[:, :2], 40, temperature=100.0, generator=torch.Generator().manual_seed(0)).max() < V
 
 
 def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
@@ -661,6 +674,16 @@ def test_command_line(capsys):
     assert "100% explained" in text and "default: 0.5" in text
 
 
+def test_flags_that_repeat_or_stand_alone():
+    @dataclass(frozen=True)
+    class Many:
+        """Many."""
+        steer: tuple[str, ...] = ()  # repeatable
+        inspect: Optional[int] = None  # may stand alone
+    assert parse(Many, []) == Many() and parse(Many, ["--inspect"]) == Many(inspect=-1)
+    assert parse(Many, ["--steer", "17=+8", "--inspect", "3", "--steer=4=-2"]) == Many(("17=+8", "4=-2"), 3)
+
+
 @pytest.mark.parametrize("argv,words", [(["--mode", "cocomix"], "--teacher"), (["--mode", "ntp", "--sae", "x"], "no --teacher or --sae"),
                                         (["--batch_tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr"),
                                         (["--insert_layer", "6"], "take 0 to 5"), (["--sae_layer", "6"], "take 0 to 5"), (["--micro_batch", "-4"], "0 or more"),
@@ -963,6 +986,150 @@ def test_mode_all_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
         pipeline(replace(base, lr=1e30, min_lr=1e30, warmup=0, grad_clip=0.0), world)
     pipeline(base, world)
     assert report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}) == table
+
+
+# ---- reading and steering --------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def student(corpus, trained, tmp_path_factory):
+    """A trained student's checkpoint, with the concept dictionary of its SAE beside the SAE."""
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model")).eval().requires_grad_(False)
+    sae, out = TopKSAE.from_checkpoint(load_checkpoint(trained / "sae" / "ckpt.pt", "sae")).eval(), tmp_path_factory.mktemp("student")
+    train(settings(corpus, out, mode="cocomix", teacher=str(trained / "ntp" / "ckpt.pt"), sae=str(trained / "sae" / "ckpt.pt"), steps=60), World("cpu"),
+          Labeler(teacher, sae, 1))
+    done = launch(["describe", "--sae", str(trained / "sae" / "ckpt.pt"), "--teacher", str(trained / "ntp" / "ckpt.pt"), "--data", str(corpus),
+                   "--snippets", "3", "--device", "cpu"], "sae.py")
+    assert done.returncode == 0, done.output
+    return out / "ckpt.pt"
+
+
+def test_the_dictionary_is_what_a_brute_force_pass_finds(corpus, trained, student):
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model")).eval()
+    sae, val = TopKSAE.from_checkpoint(load_checkpoint(trained / "sae" / "ckpt.pt", "sae")).eval(), Windows(corpus, "val", T)
+    firings, text = {}, []
+    for n in range(len(val)):
+        ids = val.window(n).tolist()
+        text += ids[1:]
+        with torch.no_grad():
+            values, indices = sae.encode(residual(teacher, torch.tensor([ids[:-1]]), 1))
+        for t in range(1, T):
+            for value, latent in zip(values[0, t].tolist(), indices[0, t].tolist()):
+                if value > 0:
+                    firings.setdefault(latent, []).append((value, n, t))
+    entries = json.loads((trained / "sae" / "concepts.json").read_text())["concepts"]
+    assert [e["id"] for e in entries] == list(range(64)) and sum(bool(e["snippets"]) for e in entries) > 20
+    for e in entries:
+        mine = sorted(firings.get(e["id"], []), key=lambda f: -f[0])
+        assert e["rate"] == pytest.approx(len(mine) / (len(val) * (T - 1)), rel=1e-6) and e["max"] == pytest.approx(mine[0][0] if mine else 0, abs=1e-3)
+        assert [s[3] for s in e["snippets"]] == pytest.approx([f[0] for f in mine[:3]], abs=1e-3)
+        for (before, token, after, _), (value, n, t) in zip(e["snippets"], mine):
+            if [f[0] for f in mine].count(value) == 1:
+                ids = bytes(min(i, 255) for i in val.window(n).tolist()).decode()
+                assert before + token + after == ids[max(0, t - 12):t + 13] and token == ids[t]
+        if len(mine) < 64 and mine:  # the typical tokens, from all firings
+            for key, offset in (("tokens", 0), ("next", 1)):
+                ids = [val.window(n)[t + offset].item() for _, n, t in mine]
+                scores = {i: ids.count(i) / len(ids) * np.log(ids.count(i) / len(ids) / (text.count(i) / len(text))) for i in set(ids)}
+                got = [i for i, *_ in e[key]]
+                assert [scores[i] for i in got] == pytest.approx(sorted((s for s in scores.values() if s > 0), reverse=True)[:6], abs=1e-4)
+                assert all((share, lift) == pytest.approx((ids.count(i) / len(ids), ids.count(i) / len(ids) * len(text) / text.count(i)), rel=1e-2) and string == chr(i)
+                           for i, string, share, lift in e[key] if i < 128)
+
+
+def test_strongest_keeps_the_largest_of_a_long_stream():
+    torch.manual_seed(0)
+    strongest, all_values = Strongest(5), [[] for _ in range(5)]
+    for batch in range(40):
+        values, latents = torch.rand(90) + 0.01, torch.randint(0, 4, (90,))  # latent 4 never fires
+        strongest.add(values, latents, 90 * batch + torch.arange(90))
+        for i in range(90):
+            all_values[latents[i]].append((values[i].item(), 90 * batch + i))
+    for latent in range(5):
+        want = sorted(all_values[latent], reverse=True)[:64]
+        want += [(0.0, -1)] * (64 - len(want))
+        assert list(zip(strongest.values[latent].tolist(), strongest.places[latent].tolist())) == want
+
+
+def test_agreement_is_counted_as_by_hand(corpus, student, trained):
+    ckpt, val = load_checkpoint(student, "model"), Windows(corpus, "val", T)
+    model = CoCoMix.from_checkpoint(ckpt)
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model"))
+    sae, hits, total, count = TopKSAE.from_checkpoint(load_checkpoint(trained / "sae" / "ckpt.pt", "sae")), 0, 0, {}
+    for i in range(20):
+        w = val.window(i * len(val) // 20)
+        labels = concept_labels(teacher, sae, w[None, :-1], w[None, 1:], 1)[0].tolist()
+        z = model(w[None, :-1]).concept_logits[0].tolist()
+        for row, logits in zip(labels, z):
+            row = [y for y in row if y >= 0]
+            best = sorted(range(64), key=lambda c: -logits[c])[:4]
+            hits, total = hits + len(set(row) & set(best)), total + 4 * bool(row)
+            for y in row:
+                count[y] = count.get(y, 0) + 1
+    assert ckpt["agreement"] == pytest.approx({"precision": hits / total, "base_rate": sum(sorted(count.values())[-4:]) / total}, rel=1e-5)
+    assert ckpt["agreement"]["precision"] > ckpt["agreement"]["base_rate"]
+
+
+def test_the_steering_study_finds_a_planted_effect():
+    model = small(n_layer=2, insert_layer=1, concept_residual=True, scale=1.0)
+    with torch.no_grad():
+        model.wte.weight.mul_(20)  # sharp predictions
+        model.concept_max.fill_(1.0)
+        model.compress_layer.weight.mul_(0.01)
+        model.compress_layer.weight[3] = 40 * model.wte.weight[7]  # concept 3 says token 7
+    entries = [{"id": c, "rate": 0.5, "next": [[7 if c == 3 else 100 + c, "x", 0.9 if c == 3 else 0.5, 9.0]], "tokens": []} for c in range(8)]
+    table = steering_study(model, tokens(6, 4), entries, tokens=5, concepts=1, strengths=(-8, 0, 8))
+    assert table[0][0] == table[0][1] < 0.2 and table[8][0] > 0.9 and table[8][1] < 0.2 and table[-8][0] < 0.2
+    with pytest.raises(ValueError, match="more text"):
+        steering_study(model, tokens(1, 4), [{**e, "rate": 0.0} for e in entries])
+
+
+def cocomix_main(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["cocomix.py", *map(str, argv), "--device", "cpu"])
+    cocomix_module.main()
+
+
+def test_generating_inspecting_and_steering_from_the_command_line(student, monkeypatch, capsys):
+    cocomix_main(monkeypatch, student, "--prompt", "a <|endoftext|>", "--tokens", 30, "--no-slide")
+    assert len(capsys.readouterr().out.rstrip("\n")) == 17  # the prompt is 15 tokens of plain text, the block ends at 16
+    cocomix_main(monkeypatch, student, "--prompt", "the", "--tokens", 40, "--seed", 3)
+    shown, encoding = capsys.readouterr(), get_tokenizer("byte")
+    model = CoCoMix.from_checkpoint(load_checkpoint(student, "model"))
+    idx = torch.tensor([encoding.encode_ordinary("the")])
+    want = encoding.decode(model.generate(idx, 40, 0.8, 50, generator=torch.Generator().manual_seed(3))[0].tolist())
+    assert shown.out == want + "\n" and "tokens/s" in shown.err
+    cocomix_main(monkeypatch, student, "--prompt", "the cat", "--inspect")
+    lines = capsys.readouterr().out.splitlines()
+    best = model(torch.tensor([encoding.encode_ordinary("the cat")])).concept_logits[0].argmax(-1).tolist()
+    assert [int(re.match(r"'.'\s+(\d+) \(", line)[1]) for line in lines[:7]] == best and "ignores" in lines[8] and "labels" in lines[9]
+    cocomix_main(monkeypatch, student, "--prompt", "the cat", "--inspect", 5)
+    lines = capsys.readouterr().out.splitlines()
+    z = model(torch.tensor([encoding.encode_ordinary("the cat")])).concept_logits[0, :, 5].tolist()
+    assert [float(line.split()[0]) for line in lines[1:8]] == pytest.approx(z, abs=0.006)
+    cocomix_main(monkeypatch, student, "--prompt", "the", "--steer", "5=+0", "--steer", "6=0", "--tokens", 20)
+    for line in capsys.readouterr().out.splitlines()[2:]:
+        left, right = line.split(" | ") if " | " in line else (line, "")
+        assert left.strip() == right.strip()  # no steering, no difference
+
+
+@pytest.mark.parametrize("argv,words", [
+    (["--prompt", "x", "--steer", "64=1"], "no concept 64"), (["--prompt", "x", "--steer", "3=much"], "CONCEPT=STRENGTH"), (["--prompt", "x", "--steer", "3"], "CONCEPT="),
+    (["--prompt", "x", "--steer", "3=nan"], "finite"), (["--prompt", "x", "--inspect", "64"], "no concept 64"), (["--prompt", "x", "--inspect", "-7"], "no concept -7"),
+    ([], "prompt is empty"), (["--prompt", "seventeen letters"], "17 tokens"), (["--prompt", "x", "--inspect", "--concepts", "nowhere.json"], "sae.py describe --sae")])
+def test_bad_questions_get_clear_answers(student, monkeypatch, argv, words):
+    with pytest.raises(ValueError, match=words):
+        cocomix_main(monkeypatch, student, *argv)
+
+
+def test_models_without_concepts_and_wrong_dictionaries_are_refused(student, trained, monkeypatch, tmp_path):
+    for argv in (["--steer", "1=1"], ["--inspect"], ["--study"]):
+        with pytest.raises(ValueError, match="mix='none'"):
+            cocomix_main(monkeypatch, trained / "ntp" / "ckpt.pt", "--prompt", "x", *argv)
+    for content, words in (("{", "no concept dictionary"), ("{}", "no concept dictionary"), ('{"sae": "x", "concepts": []}', "another SAE")):
+        (tmp_path / "c.json").write_text(content)
+        with pytest.raises(ValueError, match=words):
+            cocomix_main(monkeypatch, student, "--prompt", "x", "--inspect", "--concepts", tmp_path / "c.json")
+    done = launch(["describe", "--sae", str(trained / "sae" / "ckpt.pt")], "sae.py")
+    assert done.returncode == 2 and "--teacher CKPT" in done.output
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
