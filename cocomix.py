@@ -288,12 +288,13 @@ class CoCoMix(nn.Module):
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------
 
     def new_cache(self):
-        """What `forward` keeps of the tokens it has seen: each block's keys and values, (B, heads, positions, D/heads);
-        a token has one position below the insertion and two above."""
+        """What `forward` keeps of the tokens it has seen: each block's keys and values (B, heads, positions, D/heads),
+        one position a token below the insertion and two above."""
         return {"tokens": 0, "past": [[] for _ in self.h]}
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, generator=None, slide=True, cached=True):
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, generator=None, slide=True,
+               cached=True):
         """Yield the tokens, (B,1) int64 each, that continue idx (B,T): sampled, or greedy at temperature 0.
 
         top_k keeps the likeliest tokens. `steer` {concept: strength} changes the concepts of each position that
@@ -325,7 +326,7 @@ class CoCoMix(nn.Module):
             yield new
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, steer=None, **options):
-        """idx (B,T) and its continuation, (B, T + up to max_new_tokens) int64; arguments and errors as in `stream`."""
+        """idx (B,T) and its continuation: (B, T + up to max_new_tokens) int64. Arguments and errors as in `stream`."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k, steer, **options)], 1)
 
     def steering(self, steer, length, start):
@@ -375,7 +376,8 @@ class CoCoMix(nn.Module):
         c = self.config
         D, T, inserted = c.n_embd, c.block_size, c.mix != "none"
         below, above = (c.insert_layer, c.n_layer - c.insert_layer) if inserted else (c.n_layer, 0)
-        forward = below * (24 * D * D + 4 * T * D) + above * 2 * (24 * D * D + 4 * 2 * T * D) + 2 * D * len(self.wte.weight)
+        forward = below * (24 * D * D + 4 * T * D) + above * 2 * (24 * D * D + 4 * 2 * T * D)
+        forward += 2 * D * len(self.wte.weight)
         if inserted:
             forward -= 18 * D * D  # the last block's c_proj (2 D^2) and MLP (16 D^2) at the token positions
         if c.mix == "concept":
@@ -395,11 +397,11 @@ class GenerateSettings:
     top_k: int = 50  # sample among that many likeliest tokens; 0: among all
     seed: int = 0  # of the sampling
     slide: bool = True  # at the model's block size slide the window (slower); --no-slide ends there
-    inspect: Optional[int] = None  # show each token's strongest concepts; with a number, that concept along the prompt
+    inspect: Optional[int] = None  # show the prompt's strongest concepts; with a number, that one concept
     steer: tuple[str, ...] = ()  # CONCEPT=STRENGTH as in 17=+8, in units of the concept's largest logit; repeatable
-    concepts: str = ""  # concept dictionary (sae.py describe); empty: the one beside the SAE of the training
-    study: bool = False  # measure steering: rates of typical tokens over many prompts, concepts and strengths
-    data: str = ""  # study: token shards whose validation split gives the prompts; empty: those of the training
+    concepts: str = ""  # concept dictionary (sae.py describe); empty: beside the SAE the model was trained with
+    study: bool = False  # measure steering over many prompts, concepts and strengths
+    data: str = ""  # study: shards whose validation split gives the prompts; empty: those of the training
     device: str = "auto"  # cuda, mps or cpu; auto finds it
 
     def __post_init__(self):
@@ -420,11 +422,12 @@ def parse_steer(words):
     return steer
 
 
-def load_dictionary(settings, ckpt):
-    """The entries of the concept dictionary, one dict a concept. ValueError if it is missing, damaged or another SAE's."""
+def load_dictionary(path, ckpt):
+    """The entries of a concept dictionary, one dict a concept; `path` "" means the one beside the SAE that labelled
+    for the model of `ckpt`. ValueError if it is missing, damaged or another SAE's."""
     trained = ckpt["log"][0]["settings"]
-    path = Path(settings.concepts or Path(trained["sae"]).parent / "concepts.json")
-    make = f"make it with `python sae.py describe --sae {trained['sae']} --teacher {trained['teacher']} --data {trained['data']}`"
+    path = Path(path or Path(trained["sae"]).parent / "concepts.json")
+    make = "make it with `python sae.py describe --sae {sae} --teacher {teacher} --data {data}`".format(**trained)
     if not path.is_file():
         raise ValueError(f"no concept dictionary {path}: {make}, or name one with --concepts")
     try:
@@ -437,65 +440,68 @@ def load_dictionary(settings, ckpt):
     return entries
 
 
-def describe_concept(entry):
-    """A concept in a few words: the tokens it fires on, and those that follow."""
-    show = lambda items: " ".join(repr(text) for _, text, *_ in items[:3]) or "nothing"
-    return f"{show(entry['tokens'])} > {show(entry['next'])}"
+def in_words(entry):
+    """A concept in a few words: tokens it fires on > tokens that follow."""
+    return " > ".join(" ".join(repr(text) for _, text, *_ in entry[k][:3]) or "nothing" for k in ("tokens", "next"))
 
 
-def inspect(model, idx, encoding, entries, ckpt, concept):
-    """Print what the model predicts at each token of idx (1,T): its 4 strongest concepts, or one concept's logits."""
-    with torch.no_grad():
-        z = model(idx).concept_logits[0].cpu()  # (T,C)
-    words = [encoding.decode([i]) for i in idx[0].tolist()]
-    if concept >= 0:
-        largest = model.concept_max[concept].item()
-        print(f"concept {concept}: {describe_concept(entries[concept])}; logit at each token, largest on validation text {largest:.2f}")
-        for word, logit in zip(words, z[:, concept].tolist()):
-            if sys.stdout.isatty():  # the stronger, the greener
-                shade = round(5 * min(1, max(0, logit / abs(largest)))) if largest else 0
-                print(f"\033[48;5;{16 + 6 * shade}m{word}\033[0m", end="")
-            else:
-                print(f"{logit:8.2f}  {word!r}")
-        print()
-        return
+def show_concept(model, z, words, concept, entry):
+    """Print one concept's logits z (T,) at each of the T words; in a terminal, the words shaded by it."""
+    largest = model.concept_max[concept].item()
+    print(f"concept {concept}: {in_words(entry)}; its logit at each token (largest on validation text: {largest:.2f})")
+    for word, logit in zip(words, z.tolist()):
+        if sys.stdout.isatty():  # five greens, from black at 0 to the largest logit
+            shade = round(4 * min(1, max(0, logit / abs(largest)))) if largest else 0
+            print(f"\033[97;48;5;{16 + 6 * shade}m{word}\033[0m", end="")
+        else:
+            print(f"{logit:8.2f}  {word!r}")
+    print()
+
+
+def show_concepts(model, z, words, entries, ckpt):
+    """Print the four strongest concepts of z (T,C) at each word, which concepts the model uses, and how often it is right."""
     for word, logits, ids in zip(words, *(t.tolist() for t in z.topk(min(4, z.size(-1))))):
-        print(f"{word!r:<10} " + " | ".join(f"{i} ({logit:.1f}) {describe_concept(entries[i])}" for i, logit in zip(ids, logits)))
+        print(f"{word!r:<10} " + " | ".join(f"{i} ({x:.1f}) {in_words(entries[i])}" for i, x in zip(ids, logits)))
     norms = model.compress_layer.weight.norm(dim=-1)
     print(f"\nEach: concept (logit) tokens it fires on > tokens that follow. The compression layer ignores "
-          f"{(norms < norms.median() / 10).float().mean():.1%} of the {len(norms)} concepts (norm below a tenth of the median "
-          f"{norms.median():.3f}; largest {norms.max():.3f}).")
-    if ckpt.get("agreement"):
-        n = ckpt["identity"]["labels"]["n_labels"]
-        print(f"On validation text {ckpt['agreement']['precision']:.1%} of its {n} strongest concepts are among the teacher's "
-              f"{n} labels of the token; guessing the {n} most frequent labels scores {ckpt['agreement']['base_rate']:.1%}.")
+          f"{(norms < norms.median() / 10).float().mean():.1%} of the {len(norms)} concepts (norm below a tenth of the "
+          f"median {norms.median():.3f}; largest {norms.max():.3f}).")
+    if ckpt.get("agreement"):  # measured when it was trained, teacher at hand
+        n, agreement = ckpt["identity"]["labels"]["n_labels"], ckpt["agreement"]
+        print(f"On validation text {agreement['precision']:.1%} of its {n} strongest concepts are among the teacher's {n} "
+              f"labels of the token; guessing the {n} most frequent labels scores {agreement['base_rate']:.1%}.")
+
+
+STRENGTHS = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 
 
 @torch.no_grad()
-def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=(-8, -4, -2, -1, 0, 1, 2, 4, 8), seed=0, bar=None):
-    """Does steering do what it says? -> {strength: (rate, rate under a random concept, standard error of the rate)}.
+def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=STRENGTHS, seed=0, progress=lambda: None):
+    """Does steering do what it says? -> {strength: (rate, its standard error, rate with a random concept steered)}.
 
-    Concepts: of those that fire on at least 1 token in 1000, the `concepts` with the most typical follower, by share
-    * log(lift). A concept's rate is the share of generated tokens that are typical followers (`next`) of it, over prompts
-    (P,T) int64 and `tokens` tokens each at temperature 1, same seed throughout. The control steers a random other
-    concept by as much and counts the same tokens."""
+    Concepts: of those that fire on at least 1 token in 1000, the `concepts` with the most typical follower, by
+    share * log(lift). A concept's rate is the share of generated tokens that are typical followers of it (`next`),
+    over prompts (P,T) int64, `tokens` tokens each, at temperature 1 with one seed. The control steers a random other
+    concept as much and counts the same tokens. ValueError if no concept fires that often."""
     often = [e for e in entries if e["rate"] >= 1e-3 and e["next"]]
     chosen = sorted(often, key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))[:concepts]
     if not chosen:
-        raise ValueError("no concept fires on 1 token in 1000 in this dictionary: describe the SAE on more text")
+        raise ValueError("no concept of this dictionary fires on 1 token in 1000: describe the SAE on more text")
     draw = random.Random(seed)
-    controls = [draw.choice([e["id"] for e in often if e is not entry] or [entry["id"]]) for entry in chosen]
+    others = [draw.choice([e["id"] for e in often if e is not entry] or [entry["id"]]) for entry in chosen]
 
     def rate(entry, steered, strength):
+        progress()
         generator = torch.Generator(prompts.device).manual_seed(seed)
         new = model.generate(prompts, tokens, steer={steered: strength}, generator=generator)[:, prompts.size(1):]
-        bar is None or bar.update()
-        return torch.isin(new, torch.tensor([i for i, *_ in entry["next"]], device=new.device)).float().mean().item()
+        followers = torch.tensor([i for i, *_ in entry["next"]], device=new.device)
+        return torch.isin(new, followers).float().mean().item()
     table = {}
     for strength in strengths:
         rates = torch.tensor([rate(entry, entry["id"], strength) for entry in chosen])
-        random_rates = [rate(entry, other, strength) for entry, other in zip(chosen, controls)] if strength else rates.tolist()
-        table[strength] = rates.mean().item(), sum(random_rates) / len(chosen), rates.std(correction=0).item() / max(1, len(chosen) - 1) ** 0.5
+        control = torch.tensor([rate(entry, other, strength) for entry, other in zip(chosen, others)])
+        error = rates.std(correction=0) / max(1, len(chosen) - 1) ** 0.5
+        table[strength] = rates.mean().item(), error.item(), control.mean().item()
     return table
 
 
@@ -505,52 +511,62 @@ def main():
     world, steer = World(settings.device), parse_steer(settings.steer)
     ckpt = load_checkpoint(settings.ckpt, "model", world.device)
     model, encoding = CoCoMix.from_checkpoint(ckpt).to(world.device).eval(), get_tokenizer(ckpt["tokenizer"])
+    T, C, trained = model.config.block_size, model.config.n_concepts, ckpt["log"][0]["settings"]
     if (steer or settings.inspect is not None or settings.study) and model.config.mix != "concept":
-        raise ValueError(f"{settings.ckpt} is a model of mix={model.config.mix!r}: it has no concepts to inspect or steer; train "
-                         "one that has with `python train.py`")
+        raise ValueError(f"{settings.ckpt} is a model of mix={model.config.mix!r} and has no concepts to inspect or "
+                         "steer: train one that has with `python train.py`")
     for concept in [*steer, *([] if settings.inspect in (None, -1) else [settings.inspect])]:
-        if not 0 <= concept < model.config.n_concepts:
-            raise ValueError(f"there is no concept {concept}: this model has 0 to {model.config.n_concepts - 1}")
+        if not 0 <= concept < C:
+            raise ValueError(f"there is no concept {concept}: this model has 0 to {C - 1}")
+
     if settings.study:
-        T = model.config.block_size
-        val = Windows(settings.data or ckpt["log"][0]["settings"]["data"], "val", T)
-        prompts = torch.stack([val.window(n)[:T // 4] for n in val.spread(32 * T)]).to(world.device)
-        with world.bar(20 * 17, "study") as bar:
-            table = steering_study(model, prompts, load_dictionary(settings, ckpt), seed=settings.seed, bar=bar)
+        entries, val = load_dictionary(settings.concepts, ckpt), Windows(settings.data or trained["data"], "val", T)
+        prompts = torch.stack([val.window(n)[:max(1, T // 4)] for n in val.spread(32 * T)]).to(world.device)
+        with world.bar(20 * 2 * len(STRENGTHS), "study") as bar:
+            table = steering_study(model, prompts, entries, seed=settings.seed, progress=bar.update)
         print("| strength | rate of typical tokens | against unsteered | a random concept steered |\n|---|---|---|---|")
-        for strength, (rate, control, error) in table.items():
-            print(f"| {strength:+} | {rate:.4f} ± {error:.4f} | {rate / max(table[0][0], 1e-9):.2f} x | {control:.4f} |")
+        for strength, (rate, error, control) in table.items():
+            against = rate / max(table[0][0], 1e-9)
+            print(f"| {strength:+} | {rate:.4f} ± {error:.4f} | {against:.2f} x | {control:.4f} |")
         return
+
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
     if not ids:
         raise ValueError("the prompt is empty: give some text with --prompt TEXT")
-    if len(ids) > model.config.block_size:
-        raise ValueError(f"the prompt has {len(ids)} tokens, the model sees {model.config.block_size} at once: shorten it")
+    if len(ids) > T:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the model sees {T} at once: shorten it")
     idx = torch.tensor([ids], device=world.device)
     if settings.inspect is not None:
-        return inspect(model, idx, encoding, load_dictionary(settings, ckpt), ckpt, settings.inspect)
+        entries, words = load_dictionary(settings.concepts, ckpt), [encoding.decode([i]) for i in ids]
+        with torch.no_grad():
+            z = model(idx).concept_logits[0].cpu()  # (T,C)
+        if settings.inspect >= 0:
+            return show_concept(model, z[:, settings.inspect], words, settings.inspect, entries[settings.inspect])
+        return show_concepts(model, z, words, entries, ckpt)
 
-    def stream(steer):
-        generator, text = torch.Generator(world.device).manual_seed(settings.seed), codecs.getincrementaldecoder("utf-8")("replace")
-        for new in model.stream(idx, settings.tokens, settings.temperature, settings.top_k or None, steer, generator, settings.slide):
+    def pieces(steer):  # of text; a token may be part of a character
+        generator = torch.Generator(world.device).manual_seed(settings.seed)
+        text = codecs.getincrementaldecoder("utf-8")("replace")
+        for new in model.stream(idx, settings.tokens, settings.temperature, settings.top_k or None, steer, generator,
+                                settings.slide):
             yield text.decode(encoding.decode_single_token_bytes(new.item()))
         yield text.decode(b"", final=True)
     if steer:  # two columns, same seed
         width = (shutil.get_terminal_size((100, 24)).columns - 3) // 2
         columns = [["without steering", ""], ["steered " + " ".join(settings.steer), ""]]
         for column, change in zip(columns, (None, steer)):
-            for line in (settings.prompt + "".join(stream(change))).splitlines():
+            for line in (settings.prompt + "".join(pieces(change))).splitlines():
                 column += [line[i:i + width] for i in range(0, len(line), width)] or [""]
         for left, right in zip_longest(*columns, fillvalue=""):
             print(f"{left:<{width}} | {right}".rstrip())
         return
     print(settings.prompt, end="", flush=True)
-    start, made = time.perf_counter(), 0
-    for piece in stream(None):
+    start, made = time.perf_counter(), -1  # the last piece is no token
+    for piece in pieces(None):
         print(piece, end="", flush=True)
         made += 1
     print(flush=True)
-    print(f"[{(made - 1) / (time.perf_counter() - start):,.0f} tokens/s]", file=sys.stderr)
+    print(f"[{made / (time.perf_counter() - start):,.0f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

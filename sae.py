@@ -450,19 +450,20 @@ def typical(ids, frequency, encoding, n=6):
 
 @torch.no_grad()
 def describe(teacher, sae, layer, windows, encoding, world, tokens=0, snippets=8, around=12):
-    """Yield the concept dictionary of an SAE, one dict of plain types a latent, from about `tokens` tokens of `windows`.
+    """Yield the concept dictionary of an SAE, a dict of plain types a latent, from about `tokens` tokens of `windows`.
 
-    `rate`: share of tokens it fires on; `max`: its largest activation; `tokens`, `next`: the token ids typical of its
-    STRONGEST strongest firings, and of what follows them, as [id, text, share, lift] (see `typical`); `snippets`: [text before,
-    token, text after, activation] around the strongest. The first position of a window is left out. Memory does not
-    grow with the text."""
+    `rate`: share of tokens it fires on; `max`: its largest activation; `tokens`, `next`: what is typical of the tokens
+    it fires on and of those that follow, over its STRONGEST strongest firings, as in `typical`; `snippets`: [text
+    before, token, text after, activation] around the strongest. The first position of a window is left out. Memory
+    does not grow with the text."""
     check_pair(teacher, layer, sae)
     T, C = windows.block_size, len(sae.encoder)
     chosen = windows.spread(tokens or len(windows) * T)
     strongest, fired, seen = Strongest(C), torch.zeros(C, dtype=torch.int64), torch.zeros(encoding.n_vocab)
     with world.bar(len(chosen), "describe") as bar:
-        for start in range(0, len(chosen), 16):
-            window = torch.stack([windows.window(n) for n in chosen[start:start + 16]])  # (B,T+1)
+        rows = max(1, 4096 // T)
+        for start in range(0, len(chosen), rows):
+            window = torch.stack([windows.window(n) for n in chosen[start:start + rows]])  # (B,T+1)
             values, indices = sae.encode(residual(teacher, window[:, :-1].to(world.device), layer))
             values, indices = values[:, 1:].cpu(), indices[:, 1:].cpu()  # (B,T-1,K)
             places = (start + torch.arange(len(window)))[:, None] * T + torch.arange(1, T)  # of chosen[place // T]
@@ -488,11 +489,12 @@ def write_dictionary(settings):
     world = World(settings.device)
     teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
     check_teacher(ckpt, teacher, settings)
-    sae, windows = TopKSAE.from_checkpoint(ckpt).to(world.device), Windows(settings.data, "val", teacher.config.block_size)
-    path, name = Path(settings.sae).parent / "concepts.json", windows.meta["tokenizer"]
-    entries = describe(teacher, sae, ckpt["layer"], windows, get_tokenizer(name), world, settings.tokens, settings.snippets)
-    with atomic(path) as tmp, open(tmp, "w") as f:
-        f.write(json.dumps({"format": "cocomix-concepts-1", "sae": fingerprint(sae), "tokenizer": name})[:-1] + ', "concepts": [\n')
+    sae = TopKSAE.from_checkpoint(ckpt).to(world.device)
+    windows = Windows(settings.data, "val", teacher.config.block_size)
+    path, encoding = Path(settings.sae).parent / "concepts.json", get_tokenizer(windows.meta["tokenizer"])
+    entries = describe(teacher, sae, ckpt["layer"], windows, encoding, world, settings.tokens, settings.snippets)
+    with atomic(path) as tmp, open(tmp, "w") as f:  # written as it is made: one line a latent
+        f.write(f'{{"format": "cocomix-concepts-1", "sae": "{fingerprint(sae)}", "concepts": [\n')
         for entry in entries:
             f.write((",\n" if entry["id"] else "") + json.dumps(entry))
         f.write("\n]}\n")

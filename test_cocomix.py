@@ -1078,7 +1078,7 @@ def test_the_steering_study_finds_a_planted_effect():
         model.compress_layer.weight[3] = 40 * model.wte.weight[7]  # concept 3 says token 7
     entries = [{"id": c, "rate": 0.5, "next": [[7 if c == 3 else 100 + c, "x", 0.9 if c == 3 else 0.5, 9.0]], "tokens": []} for c in range(8)]
     table = steering_study(model, tokens(6, 4), entries, tokens=5, concepts=1, strengths=(-8, 0, 8))
-    assert table[0][0] == table[0][1] < 0.2 and table[8][0] > 0.9 and table[8][1] < 0.2 and table[-8][0] < 0.2
+    assert table[0][0] == table[0][2] < 0.2 and table[8][0] > 0.9 and table[8][2] < 0.2 and table[-8][0] < 0.2
     with pytest.raises(ValueError, match="more text"):
         steering_study(model, tokens(1, 4), [{**e, "rate": 0.0} for e in entries])
 

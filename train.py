@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
                   run, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, check_out, check_teacher, describe_figures, load_teacher, sae_identity, train_sae)
+from sae import (Labeler, SAESettings, TopKSAE, check_out, check_teacher, describe_figures, load_teacher,
+                 sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
 PRESETS = {"tiny": {"compile": "off"}}  # the defaults below; compiling takes longer than these runs
@@ -166,7 +167,8 @@ def review_concepts(model, windows, settings, world, labeler):
     n, C = labeler.n_labels, model.config.n_concepts
     model.concept_max.fill_(-math.inf)
     hits, tokens, frequency = torch.zeros(()), torch.zeros(()), torch.zeros(C)
-    for window in windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))[1]:
+    _, batches = windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))
+    for window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         labels = labeler.make(idx, targets)
         with world.autocast(settings.dtype):
@@ -178,7 +180,8 @@ def review_concepts(model, windows, settings, world, labeler):
     if world.size > 1:
         dist.all_reduce(model.concept_max, op=dist.ReduceOp.MAX)
     possible = n * world.sum(tokens).clamp(min=1)
-    return {"precision": float(world.sum(hits) / possible), "base_rate": float(world.sum(frequency).topk(n).values.sum() / possible)}
+    guessed = world.sum(frequency).topk(n).values.sum()
+    return {"precision": float(world.sum(hits) / possible), "base_rate": float(guessed / possible)}
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
@@ -288,9 +291,9 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, val_loss=val_loss, lr=lr,
                      grad_norm=norm, tok_per_s=round(speed), mfu=mfu)
                 if validating:
-                    world.print(f"{name:<18} step {done:>6} | loss {ntp:.3f}" + (f" | concept {concept:.3f}" if labeler else "")
-                                + f" | val {val_loss:.3f} | lr {lr:.1e} | norm {norm:.2f} | {1000 * elapsed / since:.0f} ms | "
-                                f"{speed:,.0f} tok/s" + (f" | mfu {mfu:.1%}" if mfu else ""))
+                    concepts, use = f" | concept {concept:.3f}" if labeler else "", f" | mfu {mfu:.1%}" if mfu else ""
+                    world.print(f"{name:<18} step {done:>6} | loss {ntp:.3f}{concepts} | val {val_loss:.3f} | lr {lr:.1e} | "
+                                f"norm {norm:.2f} | {1000 * elapsed / since:.0f} ms | {speed:,.0f} tok/s{use}")
                 bar.set_postfix_str(f"loss {ntp:.3f} {speed:,.0f} tok/s", refresh=False)
                 if (saving or last) and world.main:
                     save_checkpoint(out / "ckpt.pt", "model", config=asdict(model.config), model=model.state_dict(),
