@@ -315,7 +315,7 @@ class CoCoMix(nn.Module):
             start = max(0, prompt - 1 - (idx.size(1) - new.size(1)))  # the first of `new` that generates
             delta = None if steer is None else self.steering(steer, new.size(1), start)
             logits = self(new, steer=delta, cache=cache).logits[:, -1].float()
-            if temperature == 0:
+            if temperature < 1e-6:
                 new = logits.argmax(-1, keepdim=True)
             else:
                 if top_k is not None:
@@ -344,6 +344,8 @@ class CoCoMix(nn.Module):
             if not math.isfinite(strength):
                 raise ValueError(f"the strength {strength!r} of concept {concept} is no finite number")
             delta[start:, concept] = strength * self.concept_max[concept].abs()
+        if not delta.isfinite().all():
+            raise ValueError(f"a strength in {steer} is too large for fp32: +8 is much already")
         return delta
 
     @classmethod
@@ -416,9 +418,12 @@ def parse_steer(words):
     for word in words:
         concept, _, strength = word.partition("=")
         try:
-            steer[int(concept)] = float(strength)
+            concept, strength = int(concept), float(strength)
         except ValueError:
             raise ValueError(f"--steer {word}: write CONCEPT=STRENGTH, two numbers, as in --steer 17=+8") from None
+        if concept in steer:
+            raise ValueError(f"--steer {word}: concept {concept} has strength {steer[concept]} already; name it once")
+        steer[concept] = strength
     return steer
 
 
@@ -447,11 +452,12 @@ def in_words(entry):
 
 def show_concept(model, z, words, concept, entry):
     """Print one concept's logits z (T,) at each of the T words; in a terminal, the words shaded by it."""
-    largest = model.concept_max[concept].item()
-    print(f"concept {concept}: {in_words(entry)}; its logit at each token (largest on validation text: {largest:.2f})")
+    low, high = z.min().item(), z.max().item()
+    print(f"concept {concept}: {in_words(entry)}; its logit at each token, from {low:.2f} to {high:.2f} here (largest on "
+          f"validation text: {model.concept_max[concept]:.2f})")
     for word, logit in zip(words, z.tolist()):
-        if sys.stdout.isatty():  # five greens, from black at 0 to the largest logit
-            shade = round(4 * min(1, max(0, logit / abs(largest)))) if largest else 0
+        if sys.stdout.isatty():  # five shades of green between this text's lowest and highest
+            shade = round(4 * (logit - low) / (high - low)) if high > low else 0
             print(f"\033[97;48;5;{16 + 6 * shade}m{word}\033[0m", end="")
         else:
             print(f"{logit:8.2f}  {word!r}")
@@ -462,11 +468,12 @@ def show_concepts(model, z, words, entries, ckpt):
     """Print the four strongest concepts of z (T,C) at each word, which concepts the model uses, and how often it is right."""
     for word, logits, ids in zip(words, *(t.tolist() for t in z.topk(min(4, z.size(-1))))):
         print(f"{word!r:<10} " + " | ".join(f"{i} ({x:.1f}) {in_words(entries[i])}" for i, x in zip(ids, logits)))
-    norms = model.compress_layer.weight.norm(dim=-1)
-    print(f"\nEach: concept (logit) tokens it fires on > tokens that follow. The compression layer ignores "
-          f"{(norms < norms.median() / 10).float().mean():.1%} of the {len(norms)} concepts (norm below a tenth of the "
-          f"median {norms.median():.3f}; largest {norms.max():.3f}).")
-    if ckpt.get("agreement"):  # measured when it was trained, teacher at hand
+    norms = model.compress_layer.weight.detach().norm(dim=-1)
+    most = norms.topk(min(5, len(norms))).indices.tolist()
+    print(f"\nEach: concept (logit) tokens it fires on > tokens that follow. Of the {len(norms)} concepts, those with the "
+          f"largest norm in the compression layer are {', '.join(f'{i} ({norms[i]:.2f})' for i in most)}; "
+          f"{(norms < norms.max() / 100).float().mean():.1%} are ignored (below a hundredth of the largest).")
+    if ckpt["agreement"]:  # measured when it was saved, the teacher being at hand
         n, agreement = ckpt["identity"]["labels"]["n_labels"], ckpt["agreement"]
         print(f"On validation text {agreement['precision']:.1%} of its {n} strongest concepts are among the teacher's {n} "
               f"labels of the token; guessing the {n} most frequent labels scores {agreement['base_rate']:.1%}.")
@@ -477,31 +484,40 @@ STRENGTHS = (-8, -4, -2, -1, 0, 1, 2, 4, 8)
 
 @torch.no_grad()
 def steering_study(model, prompts, entries, tokens=24, concepts=20, strengths=STRENGTHS, seed=0, progress=lambda: None):
-    """Does steering do what it says? -> {strength: (rate, its standard error, rate with a random concept steered)}.
+    """Does steering do what it says? -> {strength: (rate, change, standard error of the change, control)}.
 
-    Concepts: of those that fire on at least 1 token in 1000, the `concepts` with the most typical follower, by
-    share * log(lift). A concept's rate is the share of generated tokens that are typical followers of it (`next`),
-    over prompts (P,T) int64, `tokens` tokens each, at temperature 1 with one seed. The control steers a random other
-    concept as much and counts the same tokens. ValueError if no concept fires that often."""
-    often = [e for e in entries if e["rate"] >= 1e-3 and e["next"]]
-    chosen = sorted(often, key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))[:concepts]
+    Concepts: of those that fire on at least 1 token in 1000, the `concepts` with the most typical followers, by share
+    * log(lift) of their first, no two with the same first. A concept's rate is the share of generated tokens that are
+    typical followers of it (those in `next` with a share of 0.1 or more), over prompts (P,T) int64, `tokens` tokens
+    each, at temperature 1 with one seed; the change is its difference to strength 0, concept by concept. The control
+    shifts the logit of a random other concept by as much and counts the same tokens. ValueError if no concept fires
+    that often."""
+    often = sorted((e for e in entries if e["rate"] >= 1e-3 and e["next"] and e["next"][0][2] >= 0.1),
+                   key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))
+    chosen = list({e["next"][0][0]: e for e in reversed(often)}.values())[::-1]  # of equal followers the first stays
+    chosen = sorted(chosen, key=often.index)[:concepts]
     if not chosen:
         raise ValueError("no concept of this dictionary fires on 1 token in 1000: describe the SAE on more text")
-    draw = random.Random(seed)
+    draw, unit = random.Random(seed), model.concept_max.abs().clamp(min=1e-6).tolist()
     others = [draw.choice([e["id"] for e in often if e is not entry] or [entry["id"]]) for entry in chosen]
 
-    def rate(entry, steered, strength):
-        progress()
-        generator = torch.Generator(prompts.device).manual_seed(seed)
-        new = model.generate(prompts, tokens, steer={steered: strength}, generator=generator)[:, prompts.size(1):]
-        followers = torch.tensor([i for i, *_ in entry["next"]], device=new.device)
-        return torch.isin(new, followers).float().mean().item()
-    table = {}
+    def rates(steered, strength):  # (concepts,)
+        found = []
+        for entry, concept in zip(chosen, steered):
+            progress()
+            steer = {concept: strength * unit[entry["id"]] / unit[concept]}
+            generator = torch.Generator(prompts.device).manual_seed(seed)
+            new = model.generate(prompts, tokens, steer=steer, generator=generator)[:, prompts.size(1):]
+            followers = torch.tensor([i for i, _, share, _ in entry["next"] if share >= 0.1], device=new.device)
+            found.append(torch.isin(new, followers).float().mean().item())
+        return torch.tensor(found)
+    own, table = [entry["id"] for entry in chosen], {}
+    unsteered = rates(own, 0)
     for strength in strengths:
-        rates = torch.tensor([rate(entry, entry["id"], strength) for entry in chosen])
-        control = torch.tensor([rate(entry, other, strength) for entry, other in zip(chosen, others)])
-        error = rates.std(correction=0) / max(1, len(chosen) - 1) ** 0.5
-        table[strength] = rates.mean().item(), error.item(), control.mean().item()
+        steered = rates(own, strength)
+        change = steered - unsteered
+        error = change.std(correction=0) / max(1, len(chosen) - 1) ** 0.5
+        table[strength] = tuple(x.item() for x in (steered.mean(), change.mean(), error, rates(others, strength).mean()))
     return table
 
 
@@ -515,19 +531,21 @@ def main():
     if (steer or settings.inspect is not None or settings.study) and model.config.mix != "concept":
         raise ValueError(f"{settings.ckpt} is a model of mix={model.config.mix!r} and has no concepts to inspect or "
                          "steer: train one that has with `python train.py`")
+    if bool(steer) + (settings.inspect is not None) + settings.study > 1:
+        raise ValueError("--steer, --inspect and --study are three questions: ask one at a time")
     for concept in [*steer, *([] if settings.inspect in (None, -1) else [settings.inspect])]:
         if not 0 <= concept < C:
             raise ValueError(f"there is no concept {concept}: this model has 0 to {C - 1}")
 
     if settings.study:
-        entries, val = load_dictionary(settings.concepts, ckpt), Windows(settings.data or trained["data"], "val", T)
+        entries = load_dictionary(settings.concepts, ckpt)
+        val = Windows(settings.data or trained["data"], "val", T, vocab_size=model.config.vocab_size)
         prompts = torch.stack([val.window(n)[:max(1, T // 4)] for n in val.spread(32 * T)]).to(world.device)
-        with world.bar(20 * 2 * len(STRENGTHS), "study") as bar:
+        with world.bar(None, "study") as bar:
             table = steering_study(model, prompts, entries, seed=settings.seed, progress=bar.update)
-        print("| strength | rate of typical tokens | against unsteered | a random concept steered |\n|---|---|---|---|")
-        for strength, (rate, error, control) in table.items():
-            against = rate / max(table[0][0], 1e-9)
-            print(f"| {strength:+} | {rate:.4f} ± {error:.4f} | {against:.2f} x | {control:.4f} |")
+        print("| strength | rate of typical tokens | change | a random concept's logit shifted |\n|---|---|---|---|")
+        for strength, (rate, change, error, control) in table.items():
+            print(f"| {strength:+} | {rate:.4f} | {change:+.4f} ± {error:.4f} | {control:.4f} |")
         return
 
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text

@@ -397,9 +397,10 @@ class Windows:
     `batch(step, rows, rank, world)` is a pure function: step t takes the next rows * world windows of an endless
     stream that runs through a fresh permutation of all windows each epoch. So over all ranks every window comes
     once an epoch, resuming needs no state, and 8 rows on 1 rank are the windows of 4 rows on 2 ranks.
-    FileNotFoundError without shards, ValueError if they are too short for a window, or ids exceed the vocabulary."""
+    FileNotFoundError without shards, ValueError if they are too short for a window, if ids exceed the vocabulary, or
+    if that is not the `vocab_size` of a model that is to read them."""
 
-    def __init__(self, folder, split, block_size, seed=0):
+    def __init__(self, folder, split, block_size, seed=0, vocab_size=None):
         self.folder, self.block_size, self.seed = Path(folder), block_size, seed
         self.paths = sorted(self.folder.glob(f"*{split}*.bin"))
         if self.folder.is_file():
@@ -411,6 +412,9 @@ class Windows:
         self.shards, self.meta = [open_shard(p) for p in self.paths], read_meta(folder)
         self.ends = np.cumsum([len(s) // (block_size + 1) for s in self.shards])  # windows up to each shard's end
         self.order, self.epoch = None, -1
+        if vocab_size not in (None, self.meta["vocab_size"]):
+            raise ValueError(f"{folder} has a vocabulary of {self.meta['vocab_size']} ({self.meta['tokenizer']}), the model one "
+                             f"of {vocab_size}: give --data of the model's own tokenizer")
         if not len(self):
             raise ValueError(f"{folder} has {sum(map(len, self.shards)):,} {split} tokens, too few for one window of "
                              f"{block_size} + 1: add text, or lower --block_size")

@@ -317,10 +317,7 @@ def train_sae(settings, teacher, world, resume=False):
     if left or not rows:
         raise ValueError(f"--batch_tokens {settings.batch_tokens} is no multiple of {world.size} processes x {T} tokens: "
                          f"take {max(1, rows) * T * world.size}")
-    data, val = Windows(settings.data, "train", T, settings.seed), Windows(settings.data, "val", T)
-    if data.meta["vocab_size"] != teacher.config.vocab_size:
-        raise ValueError(f"{settings.data} has a vocabulary of {data.meta['vocab_size']}, the teacher one of "
-                         f"{teacher.config.vocab_size}: give --data of the teacher's tokenizer")
+    data, val = (Windows(settings.data, split, T, settings.seed, teacher.config.vocab_size) for split in ("train", "val"))
     torch.manual_seed(settings.seed)
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k, settings.k_aux, settings.aux_weight,
                   settings.dead_after).to(world.device)
@@ -487,10 +484,12 @@ def describe(teacher, sae, layer, windows, encoding, world, tokens=0, snippets=8
 def write_dictionary(settings):
     """The command `sae.py describe`: concepts.json beside the SAE, a header line and one line a latent."""
     world = World(settings.device)
+    if world.size > 1:
+        raise ValueError(f"sae.py describe runs as one process, not {world.size}: start it with python, not torchrun")
     teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
     check_teacher(ckpt, teacher, settings)
     sae = TopKSAE.from_checkpoint(ckpt).to(world.device)
-    windows = Windows(settings.data, "val", teacher.config.block_size)
+    windows = Windows(settings.data, "val", teacher.config.block_size, vocab_size=teacher.config.vocab_size)
     path, encoding = Path(settings.sae).parent / "concepts.json", get_tokenizer(windows.meta["tokenizer"])
     entries = describe(teacher, sae, ckpt["layer"], windows, encoding, world, settings.tokens, settings.snippets)
     with atomic(path) as tmp, open(tmp, "w") as f:  # written as it is made: one line a latent

@@ -254,9 +254,13 @@ def test_cached_logits_are_the_full_passes(mix):
     assert [p[0].size(2) for p in cache["past"]] == ([T] * 4 if mix == "none" else [T, T, 2 * T, 2 * T])
     with pytest.raises(ValueError, match="block_size"):
         model(idx[:, :1], cache=cache)
-    with torch.autocast("cpu", torch.bfloat16):
-        rough = model.generate(idx[:, :4], 6, temperature=0)
-    assert rough.shape == (2, 10)
+    for cast in (False, True):  # bf16, as autocast and as the weights themselves
+        rough, cache, got = small(mix, scale=2.0), None, []
+        with torch.autocast("cpu", torch.bfloat16, enabled=not cast):
+            rough = rough.bfloat16() if cast else rough
+            want, cache = rough(idx).logits.float(), rough.new_cache()
+            got = torch.cat([rough(idx[:, t:t + 1], cache=cache).logits.float() for t in range(T)], 1)
+        assert (got - want).abs().max() < 0.15 * want.std()
 
 
 def test_steering_adds_to_one_logit_at_generated_positions_only():
@@ -1074,11 +1078,17 @@ def test_the_steering_study_finds_a_planted_effect():
     with torch.no_grad():
         model.wte.weight.mul_(20)  # sharp predictions
         model.concept_max.fill_(1.0)
+        model.concept_max[2] = -0.01  # the control is to shift its logit by as much all the same
         model.compress_layer.weight.mul_(0.01)
         model.compress_layer.weight[3] = 40 * model.wte.weight[7]  # concept 3 says token 7
-    entries = [{"id": c, "rate": 0.5, "next": [[7 if c == 3 else 100 + c, "x", 0.9 if c == 3 else 0.5, 9.0]], "tokens": []} for c in range(8)]
-    table = steering_study(model, tokens(6, 4), entries, tokens=5, concepts=1, strengths=(-8, 0, 8))
-    assert table[0][0] == table[0][2] < 0.2 and table[8][0] > 0.9 and table[8][2] < 0.2 and table[-8][0] < 0.2
+        model.compress_layer.weight[4] = 40 * model.wte.weight[9]  # concept 4 says token 9
+    says = {3: [7, "x", 0.9, 9.0], 4: [9, "y", 0.8, 9.0], 5: [9, "y", 0.7, 9.0], 2: [11, "z", 0.6, 9.0]}
+    entries = [{"id": c, "rate": 0.5, "tokens": [], "next": [says.get(c, [12, "w", 0.05, 2.0]), [100, "v", 0.05, 2.0]]} for c in range(8)]
+    table = steering_study(model, tokens(6, 4), entries, tokens=5, concepts=2, strengths=(-8, 0, 8))
+    assert table[0][0] == table[0][3] < 0.2 and table[0][1:3] == (0, 0)
+    assert table[8][0] > 0.9 and table[8][3] < 0.5 and table[-8][0] < 0.2 and table[8][1] == pytest.approx(table[8][0] - table[0][0])
+    three = steering_study(model, tokens(6, 4), entries, tokens=5, concepts=3, strengths=(8,))  # concept 2, not 5: 9 is taken; and 2 says nothing
+    assert three[8][0] == pytest.approx(2 / 3, abs=0.1) and three[8][2] > 0.2
     with pytest.raises(ValueError, match="more text"):
         steering_study(model, tokens(1, 4), [{**e, "rate": 0.0} for e in entries])
 
@@ -1100,11 +1110,24 @@ def test_generating_inspecting_and_steering_from_the_command_line(student, monke
     cocomix_main(monkeypatch, student, "--prompt", "the cat", "--inspect")
     lines = capsys.readouterr().out.splitlines()
     best = model(torch.tensor([encoding.encode_ordinary("the cat")])).concept_logits[0].argmax(-1).tolist()
-    assert [int(re.match(r"'.'\s+(\d+) \(", line)[1]) for line in lines[:7]] == best and "ignores" in lines[8] and "labels" in lines[9]
+    assert [int(re.match(r"'.'\s+(\d+) \(", line)[1]) for line in lines[:7]] == best and "are ignored" in lines[8] and "labels" in lines[9]
     cocomix_main(monkeypatch, student, "--prompt", "the cat", "--inspect", 5)
     lines = capsys.readouterr().out.splitlines()
     z = model(torch.tensor([encoding.encode_ordinary("the cat")])).concept_logits[0, :, 5].tolist()
     assert [float(line.split()[0]) for line in lines[1:8]] == pytest.approx(z, abs=0.006)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    cocomix_main(monkeypatch, student, "--prompt", "the cat", "--inspect", 5)
+    shades = [int(s) for s in re.findall(r"48;5;(\d+)m", capsys.readouterr().out)]
+    assert shades == [16 + 6 * round(4 * (x - min(z)) / (max(z) - min(z))) for x in z] and {16, 40} <= set(shades)
+    monkeypatch.undo()
+    steered = encoding.decode(model.generate(idx, 20, 0.8, 50, {5: 60.0}, generator=torch.Generator().manual_seed(0))[0].tolist())
+    plain = encoding.decode(model.generate(idx, 20, 0.8, 50, generator=torch.Generator().manual_seed(0))[0].tolist())
+    cocomix_main(monkeypatch, student, "--prompt", "the", "--steer", "5=+60", "--tokens", 20)
+    columns = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [c[0].rstrip() for c in columns if c[0].strip()] == [x.rstrip() for x in plain.splitlines()] and plain != steered
+    assert [c[1].rstrip() for c in columns if len(c) > 1] == [x.rstrip() for x in steered.splitlines()]
+    cocomix_main(monkeypatch, student, "--study")
+    assert len(re.findall(r"^\| [+-]\d \| 0\.\d{4} \| [+-]0\.\d{4} ± 0\.\d{4} \| 0\.\d{4} \|$", capsys.readouterr().out, re.M)) == 9
     cocomix_main(monkeypatch, student, "--prompt", "the", "--steer", "5=+0", "--steer", "6=0", "--tokens", 20)
     for line in capsys.readouterr().out.splitlines()[2:]:
         left, right = line.split(" | ") if " | " in line else (line, "")
@@ -1114,13 +1137,14 @@ def test_generating_inspecting_and_steering_from_the_command_line(student, monke
 @pytest.mark.parametrize("argv,words", [
     (["--prompt", "x", "--steer", "64=1"], "no concept 64"), (["--prompt", "x", "--steer", "3=much"], "CONCEPT=STRENGTH"), (["--prompt", "x", "--steer", "3"], "CONCEPT="),
     (["--prompt", "x", "--steer", "3=nan"], "finite"), (["--prompt", "x", "--inspect", "64"], "no concept 64"), (["--prompt", "x", "--inspect", "-7"], "no concept -7"),
-    ([], "prompt is empty"), (["--prompt", "seventeen letters"], "17 tokens"), (["--prompt", "x", "--inspect", "--concepts", "nowhere.json"], "sae.py describe --sae")])
+    (["--prompt", "x", "--steer", "3=1", "--steer", "3=2"], "name it once"), (["--prompt", "x", "--steer", "3=1", "--inspect"], "one at a time"),
+    (["--prompt", "x", "--steer", "3=1e39"], "too large"), ([], "prompt is empty"), (["--prompt", "seventeen letters"], "17 tokens"), (["--prompt", "x", "--inspect", "--concepts", "nowhere.json"], "sae.py describe --sae")])
 def test_bad_questions_get_clear_answers(student, monkeypatch, argv, words):
     with pytest.raises(ValueError, match=words):
         cocomix_main(monkeypatch, student, *argv)
 
 
-def test_models_without_concepts_and_wrong_dictionaries_are_refused(student, trained, monkeypatch, tmp_path):
+def test_models_without_concepts_and_wrong_dictionaries_are_refused(student, trained, monkeypatch, tmp_path, capsys):
     for argv in (["--steer", "1=1"], ["--inspect"], ["--study"]):
         with pytest.raises(ValueError, match="mix='none'"):
             cocomix_main(monkeypatch, trained / "ntp" / "ckpt.pt", "--prompt", "x", *argv)
@@ -1128,6 +1152,15 @@ def test_models_without_concepts_and_wrong_dictionaries_are_refused(student, tra
         (tmp_path / "c.json").write_text(content)
         with pytest.raises(ValueError, match=words):
             cocomix_main(monkeypatch, student, "--prompt", "x", "--inspect", "--concepts", tmp_path / "c.json")
+    numbered(tmp_path / "words", [400], vocab=500)
+    (tmp_path / "words" / "val_0.bin").write_bytes((tmp_path / "words" / "x_train_000000.bin").read_bytes())
+    with pytest.raises(ValueError, match="vocabulary of 500"):
+        cocomix_main(monkeypatch, student, "--study", "--data", tmp_path / "words")
+    ckpt = load_checkpoint(student, "model")
+    ckpt["model"]["compress_layer.weight"][:40] *= 1e-4  # 40 of 64 concepts are ignored
+    save_checkpoint(tmp_path / "c.pt", **{k: v for k, v in ckpt.items() if k != "format"})
+    cocomix_main(monkeypatch, tmp_path / "c.pt", "--prompt", "x", "--inspect")
+    assert "62.5% are ignored" in capsys.readouterr().out
     done = launch(["describe", "--sae", str(trained / "sae" / "ckpt.pt")], "sae.py")
     assert done.returncode == 2 and "--teacher CKPT" in done.output
 

@@ -161,7 +161,7 @@ def evaluate(model, windows, settings, world):
 
 @torch.no_grad()
 def review_concepts(model, windows, settings, world, labeler):
-    """What a trained student's predictions are like on the same fixed set: notes each concept's largest logit in
+    """What a student's predictions are like on the same fixed set, for its checkpoint: notes each concept's largest logit in
     model.concept_max, and returns how well its n strongest concepts a token agree with the teacher's n labels:
     {precision: share of them that are labels, base_rate: the same for always guessing the n most frequent labels}."""
     n, C = labeler.n_labels, model.config.n_concepts
@@ -287,7 +287,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 speed, peak = since * settings.batch_tokens / elapsed, peak_flops(world.device)
                 mfu = peak and model.flops_per_token() * speed / (peak * world.size)
                 val_loss = evaluate(model, val, settings, world) if validating else None
-                agreement = review_concepts(model, val, settings, world, labeler) if last and labeler else None
+                agreement = review_concepts(model, val, settings, world, labeler) if labeler and (saving or last) else None
                 note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, val_loss=val_loss, lr=lr,
                      grad_norm=norm, tok_per_s=round(speed), mfu=mfu)
                 if validating:
