@@ -31,6 +31,7 @@ import json
 import math
 import random
 import shutil
+import struct
 import sys
 import time
 from dataclasses import dataclass
@@ -385,6 +386,77 @@ class CoCoMix(nn.Module):
         if c.mix == "concept":
             forward += 2 * D * c.n_concepts + 2 * D * c.k_concepts
         return 3 * forward
+
+
+# ---- weights of other codes: Hugging Face's GPT-2 and the paper's released CoCoMix --------------------------
+
+def read_safetensors(path):
+    """The tensors of a .safetensors file by name. ValueError if the file is cut short or none."""
+    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+             "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+    tensors = {}
+    with open(path, "rb") as f:
+        try:
+            length, = struct.unpack("<Q", f.read(8))
+            for name, entry in json.loads(f.read(length)).items():
+                if name != "__metadata__":
+                    begin, end = entry["data_offsets"]
+                    f.seek(8 + length + begin)  # the data begins unaligned: each tensor is read into memory of its own
+                    flat = torch.frombuffer(bytearray(f.read(end - begin)), dtype=kinds[entry["dtype"]])
+                    tensors[name] = flat.reshape(entry["shape"])
+        except (struct.error, ValueError, RuntimeError, KeyError, TypeError, MemoryError, OverflowError) as e:
+            raise ValueError(f"{path} is damaged or no safetensors file ({type(e).__name__}): download it again") from e
+    return tensors
+
+
+def load_hf(path, config=None):
+    """A GPT-2 as Hugging Face stores it (.safetensors or .bin), or a CoCoMix of the paper's released code -> CoCoMix.
+
+    Sizes come from the tensors; 64 wide heads are assumed unless `config` (CoCoMixConfig) says otherwise. A CoCoMix
+    needs `config` for what its file does not hold: n_head, insert_layer, k_concepts. ValueError names every tensor
+    that is missing, left over or of another shape, and every size in which `config` differs."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: name a model.safetensors or pytorch_model.bin")
+    if path.suffix == ".safetensors":
+        found = read_safetensors(path)
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch raises seven kinds
+            raise ValueError(f"{path} is damaged or no weights file ({type(e).__name__}): download it again") from e
+    tensors = {}
+    for name, tensor in found.items():
+        name = name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
+            continue  # the causal mask; the head, which is wte
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight", "compress_layer.weight")):
+            tensor = tensor.T  # Conv1D stores (in, out); our compression layer keeps a row for each concept
+        tensors[name] = tensor
+    if tensors.keys().isdisjoint(("wte.weight", "wpe.weight")):
+        raise ValueError(f"{path} holds no GPT-2: no wte.weight, no wpe.weight among its {len(tensors)} tensors")
+    wte, wpe = (tensors.get(k, torch.empty(1, 1)) for k in ("wte.weight", "wpe.weight"))
+    sizes = dict(vocab_size=wte.size(0), n_embd=wte.size(1), block_size=wpe.size(0), vocab_multiple=1, mix="none",
+                 n_layer=1 + max((int(k.split(".")[1]) for k in tensors if k.startswith("h.")), default=0))
+    if "concept_predictor.weight" in tensors:
+        sizes.update(mix="concept", n_concepts=len(tensors["concept_predictor.weight"]))
+        if config is None:
+            raise ValueError(f"{path} is a CoCoMix, which does not say its n_head, insert_layer and k_concepts: give them, "
+                             "as in load_hf(path, CoCoMixConfig(n_layer=8, n_head=8, n_embd=512, insert_layer=3))")
+    if config is None:
+        config = CoCoMixConfig(**sizes, n_head=max(1, sizes["n_embd"] // 64))
+    wrong = [f"{k} is {v!r} in the file, {getattr(config, k)!r} in config" for k, v in sizes.items() if getattr(config, k) != v]
+    if wrong:
+        raise ValueError(f"{path} does not fit: {'; '.join(wrong)}")
+    model = CoCoMix(config)
+    wanted = {k: v for k, v in model.state_dict().items() if k != "concept_max"}
+    problems = [f"{k} is missing" for k in wanted if k not in tensors] + [f"{k} is left over" for k in tensors if k not in wanted]
+    problems += [f"{k} is {tuple(tensors[k].shape)}, not {tuple(v.shape)}" for k, v in wanted.items()
+                 if k in tensors and tensors[k].shape != v.shape]
+    if problems:
+        raise ValueError(f"{path} does not fit: {'; '.join(problems[:9])}" + (f" and {len(problems) - 9} more" * (len(problems) > 9)))
+    model.load_state_dict({**model.state_dict(), **tensors})
+    return model
 
 
 # ---- python cocomix.py CKPT: what a trained model thinks, and how to change it -----------------------------

@@ -127,6 +127,32 @@ class TopKSAE(nn.Module):
         return sae
 
 
+def load_openai(path):
+    """OpenAI's SAE for GPT-2 small (openai/sparse_autoencoder, a .pt file with the TopK activation) -> TopKSAE.
+
+    Its TopK form standardises the input as ours does. FileNotFoundError if it is missing, ValueError if it is damaged,
+    not such an SAE, or has tensors that do not fit each other."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no SAE file {path}: download OpenAI's, or train one with `python sae.py --teacher CKPT`")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises seven kinds
+        raise ValueError(f"{path} is damaged or no weights file ({type(e).__name__}): download it again") from e
+    names = {"pre_bias": "pre_bias", "encoder": "encoder.weight", "latent_bias": "latent_bias", "decoder": "decoder.weight"}
+    missing = [name for name in names.values() if not isinstance(found, dict) or name not in found]
+    if missing or found.get("activation") != "TopK" or found["activation_state_dict"].get("postact_fn", "ReLU") != "ReLU":
+        raise ValueError(f"{path} is no TopK SAE of OpenAI's: " + (f"{', '.join(missing)} missing" if missing else
+                         f"its activation is {found.get('activation')!r} {found.get('activation_state_dict')}"))
+    n_latents, n_embd = found["encoder.weight"].shape
+    sae = TopKSAE(n_embd, n_latents, found["activation_state_dict"]["k"])
+    tensors = {ours: found[theirs].T if ours == "decoder" else found[theirs] for ours, theirs in names.items()}
+    try:
+        sae.load_state_dict({**sae.state_dict(), **tensors})
+    except RuntimeError as e:
+        raise ValueError(f"{path} holds tensors that do not fit each other: {e}") from e
+    return sae
+
+
 # ---- the teacher, cut in two at the SAE's layer ------------------------------------------------------------
 
 def residual(teacher, idx, layer):

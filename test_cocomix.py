@@ -21,7 +21,8 @@ import cocomix as cocomix_module
 import data as data_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, steering_study, top_k
 from data import (DataSettings, Interrupt, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
-from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, loss_from, residual, train_sae)
+from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, load_openai, loss_from, residual,
+                 train_sae)
 from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
 
 HERE = Path(__file__).parent
@@ -303,6 +304,82 @@ def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
     assert (out.logits.float() - model(idx).logits).abs().max() < 0.1 * model(idx).logits.std()
 
 
+# ---- weights of other codes ------------------------------------------------------------------------------------------
+
+def hf_names(model, prefix):
+    """A model's tensors under Hugging Face's names and in its layout, with the buffers old files carry."""
+    tensors = {}
+    for name, p in model.state_dict().items():
+        if name != "concept_max":
+            turned = re.search(r"(c_attn|c_proj|c_fc|compress_layer)\.weight", name)
+            tensors[prefix + name] = (p.T if turned else p).detach().contiguous()
+    tensors[prefix + "h.0.attn.bias"] = torch.ones(1, 1, T, T)
+    return {**tensors, "lm_head.weight": model.wte.weight.detach()} if prefix else tensors
+
+
+def write_safetensors(path, tensors):
+    """By the format's description: length, JSON header, data."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, t in tensors.items():
+        raw = t.numpy().astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+@pytest.mark.parametrize("mix", ["none", "concept"])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_load_hf_gives_back_the_model(tmp_path, mix, prefix, suffix):
+    model, path = small(mix, n_head=2), tmp_path / f"model{suffix}"
+    tensors = hf_names(model, prefix)
+    write_safetensors(path, tensors) if suffix == ".safetensors" else torch.save(tensors, path)
+    loaded = cocomix_module.load_hf(path, model.config)
+    assert torch.equal(loaded(tokens(2, T)).logits, model(tokens(2, T)).logits)
+
+
+def test_load_hf_infers_sizes_and_names_what_is_wrong(tmp_path):
+    model, path = CoCoMix(CoCoMixConfig(block_size=8, vocab_size=50, n_layer=2, n_head=2, n_embd=128, mix="none")), tmp_path / "m.safetensors"
+    tensors = hf_names(model, "")
+    write_safetensors(path, tensors)
+    loaded = cocomix_module.load_hf(path)
+    assert loaded.config.n_head == 2 and torch.equal(loaded(tokens(1, 8) % 50).logits, model(tokens(1, 8) % 50).logits)
+    whole = path.read_bytes()
+    for content in (whole[:-5], whole[:40], b"", b"nonsense, and more of it"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="download it again"):
+            cocomix_module.load_hf(path)
+    del tensors["ln_f.bias"]
+    tensors |= {"extra": torch.ones(2), "h.1.ln_1.weight": torch.ones(7)}
+    write_safetensors(path, tensors)
+    with pytest.raises(ValueError, match=r"ln_f.bias is missing; extra is left over; h.1.ln_1.weight is \(7,\), not \(128,\)"):
+        cocomix_module.load_hf(path)
+    with pytest.raises(ValueError, match="n_layer is 2 in the file, 4 in config"):
+        cocomix_module.load_hf(path, CoCoMixConfig(**{**SMALL, "mix": "none"}))
+    write_safetensors(path, hf_names(small(), "transformer."))
+    with pytest.raises(ValueError, match="does not say its n_head, insert_layer and k_concepts"):
+        cocomix_module.load_hf(path)
+    write_safetensors(path, {"x": torch.ones(1)})
+    with pytest.raises(ValueError, match="holds no GPT-2"):
+        cocomix_module.load_hf(path)
+    with pytest.raises(ValueError, match="is no file"):
+        cocomix_module.load_hf(tmp_path)
+
+
+def test_load_hf_is_transformers_gpt2(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=300, n_positions=T, n_embd=128, n_layer=3, n_head=2, attn_implementation="eager")
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        want = theirs(tokens(2, T)).logits
+    theirs.save_pretrained(tmp_path)
+    assert torch.allclose(cocomix_module.load_hf(tmp_path / "model.safetensors")(tokens(2, T)).logits, want, atol=1e-4)
+
+
 # ---- concept labels --------------------------------------------------------------------------------------------------
 
 def teacher_and_sae(seed=0, n_latents=96, k=8):
@@ -453,6 +530,30 @@ def test_idle_counts_tokens_since_each_latent_fired():
     step([[2.0, 1.0], [1.0, 0.0]], [[0, 1], [0, 2]])  # latent 2 was chosen, but with activation 0
     step([[1.0, 1.0]] * 6, [[1, 3]] * 6)
     assert sae.idle.tolist() == [6, 0, 8, 0, 8, 8] and sae.dead_fraction() == 0.5
+
+
+def test_openai_sae_files(tmp_path):
+    """A file with OpenAI's keys, against their formulas written out: normalise, encode, TopK, ReLU, decode, rescale."""
+    torch.manual_seed(0)
+    D_t, C, k, x = 24, 96, 6, torch.randn(3, 5, 24) * 3 + 1
+    theirs = {"pre_bias": torch.randn(D_t), "encoder.weight": torch.randn(C, D_t), "latent_bias": torch.randn(C), "decoder.weight": torch.randn(D_t, C),
+              "stats_last_nonzero": torch.zeros(C), "activation": "TopK", "activation_state_dict": {"k": k, "postact_fn": "ReLU"}}
+    torch.save(theirs, tmp_path / "5.pt")
+    sae = load_openai(tmp_path / "5.pt").eval()
+    mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
+    pre = ((x - mu) / (std + 1e-5) - theirs["pre_bias"]) @ theirs["encoder.weight"].T + theirs["latent_bias"]
+    top = pre.topk(k)
+    latents = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    assert torch.allclose(sae(x).reconstruction, (latents @ theirs["decoder.weight"].T + theirs["pre_bias"]) * std + mu, atol=1e-4)
+    for change, words in (({"activation": "ReLU"}, "'ReLU'"), ({"pre_bias": torch.zeros(7)}, "do not fit"), (None, "latent_bias missing")):
+        torch.save({**theirs, **change} if change else {k: v for k, v in theirs.items() if k != "latent_bias"}, tmp_path / "bad.pt")
+        with pytest.raises(ValueError, match=words):
+            load_openai(tmp_path / "bad.pt")
+    (tmp_path / "bad.pt").write_bytes(b"PK cut")
+    with pytest.raises(ValueError, match="download it again"):
+        load_openai(tmp_path / "bad.pt")
+    with pytest.raises(FileNotFoundError, match="sae.py"):
+        load_openai(tmp_path / "none.pt")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
