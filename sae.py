@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cocomix import CoCoMix, sparse_matmul, standardise, top_k
+from cocomix import CoCoMix, load_hf, sparse_matmul, standardise, top_k
 from data import (Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, run,
                   save_checkpoint)
 
@@ -414,8 +414,23 @@ def describe_figures(figures):
 
 
 def load_teacher(path, device):
-    """The plain GPT in checkpoint `path`, frozen, on `device`."""
-    return CoCoMix.from_checkpoint(load_checkpoint(path, "model")).to(device).eval().requires_grad_(False)
+    """The plain GPT in `path`, frozen, on `device`: a checkpoint of ours, or a GPT-2 in .safetensors or .bin."""
+    foreign = Path(path).suffix in (".safetensors", ".bin")
+    teacher = load_hf(path) if foreign else CoCoMix.from_checkpoint(load_checkpoint(path, "model"))
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def load_sae(settings, teacher, device):
+    """The SAE that `settings.sae` names, frozen, on `device`, and the layer it reads: a checkpoint of ours, which must
+    be of this teacher, or "openai:FILE", which reads layer `settings.sae_layer`."""
+    if settings.sae.startswith("openai:"):
+        sae, layer = load_openai(settings.sae.removeprefix("openai:")), settings.sae_layer
+    else:
+        ckpt = load_checkpoint(settings.sae, "sae")
+        check_teacher(ckpt, teacher, settings)
+        sae, layer = TopKSAE.from_checkpoint(ckpt), ckpt["layer"]
+    check_pair(teacher, layer, sae)
+    return sae.to(device).eval().requires_grad_(False), layer
 
 
 # ---- reading latents: the concept dictionary ---------------------------------------------------------------

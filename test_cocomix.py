@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 import cocomix as cocomix_module
 import data as data_module
+import train as train_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, steering_study, top_k
 from data import (DataSettings, Interrupt, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
 from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, load_openai, loss_from, residual,
@@ -1016,7 +1017,6 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
                            (dict(n_labels=5), "n_labels=5"), (dict(resume=True), "leave out --resume"), (dict(out=str(corpus / "meta.json" / "x")), "could not write")):
         arguments = command(corpus, changes.pop("out", tmp_path / "o"), trained, **changes)
         s = parse(TrainSettings, arguments, presets=PRESETS, preset="tiny")
-        import train as train_module
         with pytest.raises((ValueError, OSError), match=words):
             train_module.single(s, World("cpu"))
     with pytest.raises(ValueError, match="n_embd|model"):
@@ -1024,6 +1024,20 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
     sae_command = launch(["--data", str(corpus)], "sae.py")
     assert sae_command.returncode == 1 and "--teacher is missing" in sae_command.output and "Traceback" not in sae_command.output
     assert fingerprint(other) != load_checkpoint(sae, "sae")["identity"]["teacher"]
+
+
+def test_a_student_learns_from_weights_of_other_codes(corpus, tmp_path, capsys):
+    teacher = CoCoMix(CoCoMixConfig(block_size=T, vocab_size=V, n_layer=3, n_head=1, n_embd=64, mix="none"))
+    write_safetensors(tmp_path / "model.safetensors", hf_names(teacher, ""))
+    torch.save({"pre_bias": torch.zeros(64), "encoder.weight": torch.randn(80, 64), "latent_bias": torch.zeros(80), "decoder.weight": torch.randn(64, 80),
+                "activation": "TopK", "activation_state_dict": {"k": 6}}, tmp_path / "1.pt")
+    base = settings(corpus, tmp_path / "o", mode="cocomix", teacher=str(tmp_path / "model.safetensors"), sae=f"openai:{tmp_path / '1.pt'}", sae_layer=1)
+    train_module.single(base, World("cpu"))
+    assert "is it the right layer" in capsys.readouterr().out  # a random SAE explains nothing, and that is said
+    ckpt = load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")
+    assert ckpt["identity"]["labels"]["teacher"] == fingerprint(teacher) and ckpt["config"]["n_concepts"] == 80
+    with pytest.raises(ValueError, match="layer=7"):
+        train_module.single(replace(base, sae_layer=7), World("cpu"))
 
 
 def test_learning_rate_warms_up_from_above_zero_and_ends_at_its_minimum():

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
                   run, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, check_out, check_teacher, describe_figures, load_teacher,
+from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
@@ -41,8 +41,8 @@ class TrainSettings:
     mode: Literal["all", "ntp", "pause", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline
     data: str = PYSTDLIB  # folder of token shards; the default one is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
-    teacher: str = ""  # mode cocomix: checkpoint of a plain GPT (train.py --mode ntp)
-    sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py)
+    teacher: str = ""  # mode cocomix: a plain GPT: checkpoint (train.py --mode ntp), or GPT-2's .safetensors or .bin
+    sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py), or openai:FILE
     n_layer: int = 6  # blocks
     n_head: int = 3  # attention heads
     n_embd: int = 96  # width
@@ -73,7 +73,7 @@ class TrainSettings:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
     resume: bool = False  # go on from the checkpoint in --out; mode all does so by itself
     n_concepts: int = 512  # mode all: the SAE's latents; in mode cocomix the SAE's checkpoint says
-    sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
+    sae_layer: int = 2  # mode all, and --sae openai:FILE: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
     sae_lr: float = 3e-3  # mode all: its peak learning rate
 
@@ -418,12 +418,14 @@ def single(settings, world):
     """One run of --mode ntp, pause or cocomix."""
     labeler = None
     if settings.mode == "cocomix":
-        teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
-        check_teacher(ckpt, teacher, settings)
-        labeler = Labeler(teacher, TopKSAE.from_checkpoint(ckpt).to(world.device).eval(), ckpt["layer"],
-                          settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
-        if not ckpt["figures"]:
-            world.print(f"{settings.sae} is of an SAE still in training, at step {ckpt['step']}")
+        teacher = load_teacher(settings.teacher, world.device)
+        sae, layer = load_sae(settings, teacher, world.device)
+        T = min(settings.block_size, teacher.config.block_size)
+        data = Windows(settings.data, "train", T, vocab_size=teacher.config.vocab_size)
+        figures = evaluate_sae(teacher, sae, layer, data, 8192, world)
+        world.print(f"SAE: fraction of variance unexplained {figures['fvu']:.3f} on training text"
+                    + (": that is much; is it the right layer, and an SAE of this teacher?" * (figures["fvu"] > 0.5)))
+        labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
     check_out(settings.out, settings.resume)
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
     end = [r for r in log if r.get("val_loss") is not None][-1]
