@@ -1,8 +1,8 @@
 """CoCoMix in one file: a GPT that predicts concepts half-way up and lets its upper half attend to them.
 
-Method: Tack et al., "LLM Pretraining with Continuous Concepts", arXiv 2502.08524. This file is the model and
-nothing else: concept labels come from sae.py, the training loop is train.py. It reads in the order in which a
-token travels.
+Method: Tack et al., "LLM Pretraining with Continuous Concepts", arXiv 2502.08524. The first half of this file is
+the model, in the order in which a token travels; then come sampling, other codes' weights, and the command that
+reads and steers concepts. Concept labels come from sae.py, the training loop is train.py.
 
     tokens -> embed -> blocks below insert_layer -> h (B,T,D)      one position a token
       (1)  n = (h - mean(h)) / (std(h) + 1e-5) - b_pre             standardise: per token, unbiased std

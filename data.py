@@ -113,10 +113,10 @@ def run(main):
 
 @contextmanager
 def writing(path):
-    """Turns whatever goes wrong while `path` is written (full disk, forbidden folder) into an OSError with advice."""
+    """Turns an OSError while `path` is written (full disk, forbidden folder) into one that says what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as e:  # torch.save reports a full disk as a RuntimeError
+    except OSError as e:
         raise OSError(f"could not write {path} ({e}); what stood there before is untouched. "
                       "Free some space, or name a folder that can be written with --out") from e
 
@@ -138,7 +138,10 @@ def atomic(path):
 def save_checkpoint(path, kind, **parts):
     """Write a checkpoint of `kind` "model" or "sae": tensors and plain types, so that weights_only=True loads it."""
     with atomic(path) as tmp, open(tmp, "wb") as f:
-        torch.save({"format": "cocomix-1", "kind": kind, **parts}, f)
+        try:
+            torch.save({"format": "cocomix-1", "kind": kind, **parts}, f)
+        except RuntimeError as e:  # its way to report a full disk
+            raise OSError(str(e)) from e
         f.flush()
         os.fsync(f.fileno())
 
@@ -301,7 +304,8 @@ def prepare(settings, quiet=False):
     out, size = Path(settings.out or Path("data") / name), sum(p.stat().st_size for p in paths)
     if size == 0:
         raise ValueError(f"{settings.source!r} holds no text: give a file or folder with text in it")
-    state, present = {**asdict(settings), "out": "", "files": len(paths), "bytes": size}, {}
+    newest = max(int(p.stat().st_mtime) for p in paths)
+    state, present = {**asdict(settings), "out": "", "files": len(paths), "bytes": size, "newest": newest}, {}
     if (out / "meta.json").is_file():
         with suppress(ValueError):  # a damaged one is replaced
             present = json.loads((out / "meta.json").read_text())
@@ -319,28 +323,32 @@ def prepare(settings, quiet=False):
         ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
         in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])
     chunk, done = int(min(1 << 20, max(16, settings.val_fraction * size / 2))), 0
-    with writing(out), tqdm(total=size, unit="B", unit_scale=True, desc=f"{'data':<18}", disable=quiet) as bar:
-        out.mkdir(parents=True, exist_ok=True)
-        writers = {split: ShardWriter(out, split, settings.shard_tokens) for split in ("train", "val")}
-        for path in paths:
-            for text in read_pieces(path, chunk):
-                writer = writers["val" if path in in_val or done >= begin_val else "train"]
-                for i, part in enumerate(text.split(settings.separator) if settings.separator else [text]):
-                    if i:
-                        writer.append(eot)
-                    writer.append(np.array(encoding.encode_ordinary(part), dtype=np.int64))
-                done += len(text.encode("utf-8", "replace"))
-                bar.update(min(done, size) - bar.n)
-            if writer.last != eot[0]:  # the file may end with the separator itself
-                writer.append(eot)
-        for writer in writers.values():
-            writer.close()
-        counts = {f"{split}_tokens": writer.total for split, writer in writers.items()}
-        if all(counts.values()):  # all is written: the new shards take the place of the old
-            for old in [out / "meta.json", *out.glob("train_*.bin"), *out.glob("val_*.bin")]:
-                old.unlink(missing_ok=True)
+    try:
+        with writing(out), tqdm(total=size, unit="B", unit_scale=True, desc=f"{'data':<18}", disable=quiet) as bar:
+            out.mkdir(parents=True, exist_ok=True)
+            writers = {split: ShardWriter(out, split, settings.shard_tokens) for split in ("train", "val")}
+            for path in paths:
+                for text in read_pieces(path, chunk):
+                    writer = writers["val" if path in in_val or done >= begin_val else "train"]
+                    for i, part in enumerate(text.split(settings.separator) if settings.separator else [text]):
+                        if i:
+                            writer.append(eot)
+                        writer.append(np.array(encoding.encode_ordinary(part), dtype=np.int64))
+                    done += len(text.encode("utf-8", "replace"))
+                    bar.update(min(done, size) - bar.n)
+                if writer.last != eot[0]:  # the file may end with the separator itself
+                    writer.append(eot)
             for writer in writers.values():
-                writer.finish()
+                writer.close()
+            counts = {f"{split}_tokens": writer.total for split, writer in writers.items()}
+            if all(counts.values()):  # all is written: the new shards take the place of the old
+                for old in [out / "meta.json", *out.glob("train_*.bin"), *out.glob("val_*.bin")]:
+                    old.unlink(missing_ok=True)
+                for writer in writers.values():
+                    writer.finish()
+    finally:  # a full disk is not to stay full
+        for rest in out.glob("*.bin.tmp"):
+            rest.unlink()
     if not all(counts.values()):
         raise ValueError(f"{settings.source!r} is too short to hold out a share of {settings.val_fraction}: add text, or "
                          "raise --val_fraction")

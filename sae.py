@@ -241,6 +241,7 @@ class Labeler:
                 "n_labels": self.n_labels, "rank_by": self.rank_by}
 
     def make(self, idx, targets):
+        """idx, targets (B,T) -> concept_labels (B,T,n_labels), nothing looked up or kept."""
         with self.autocast or torch.autocast(idx.device.type, enabled=False):
             return concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
 

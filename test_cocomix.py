@@ -691,6 +691,21 @@ def test_prepare_leaves_what_is_not_its_own_and_keeps_the_old_when_it_fails(tmp_
     with pytest.raises(ValueError, match="too short"):
         prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
     assert (out / "train_000000.bin").read_bytes() == before and len(Windows(out, "train", 4)) > 1000
+    resource = pytest.importorskip("resource")
+    (tmp_path / "t.txt").write_text("other text " * 50_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="could not write"):
+            prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (out / "train_000000.bin").read_bytes() == before and not list(out.glob("*.tmp"))
+    assert prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True) == out
+    os.utime(tmp_path / "t.txt", (1, 2_000_000_000))  # same size, edited later: made again
+    made = (out / "train_000000.bin").stat().st_mtime_ns
+    prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
+    assert (out / "train_000000.bin").stat().st_mtime_ns != made
 
 
 def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
