@@ -14,17 +14,30 @@ to shards (`prepare`), shards to batches (`Windows`), processes and devices (`Wo
 Dimensions: B batch, T tokens of a block.
 """
 import argparse
+import collections
 import difflib
 import hashlib
+import http.client
 import inspect
+import io
+import itertools
 import json
+import lzma
+import math
 import os
 import re
 import signal
+import ssl
 import sys
 import sysconfig
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
@@ -201,46 +214,146 @@ def get_tokenizer(name):
                       "TIKTOKEN_CACHE_DIR to a folder that has them, go online once, or take --tokenizer byte") from e
 
 
+# ---- downloads ---------------------------------------------------------------------------------------------
+
+def cache(name):
+    """Where a download that several runs share is kept: $COCOMIX_CACHE/name, by default ~/.cache/cocomix/name."""
+    return Path(os.environ.get("COCOMIX_CACHE") or Path.home() / ".cache" / "cocomix") / name
+
+
+def fetch(url, path, sha256=None, attempts=6, wait=1.0):
+    """Download `url` to `path` unless that exists; returns it as a Path.
+
+    The bytes gather in PATH.part, from where a later attempt or call goes on; after a failed connection there are
+    `attempts` of them, `wait` seconds and then twice as long apart, counted anew whenever bytes were gained. The
+    file gets its name once it is whole and, where `sha256` is given, verified. With COCOMIX_MIRROR=http://host/base
+    https://a.org/b comes from http://host/base/a.org/b. FileNotFoundError if the server has no such file, ValueError
+    for a wrong hash, OSError if the server cannot be reached or the disk is full."""
+    path, mirror = Path(path), os.environ.get("COCOMIX_MIRROR")
+    if path.exists():
+        return path
+    address = f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
+    part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
+    by_hand = f"or download {address} by hand and put it at {path}"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    failures, furthest = 0, part.stat().st_size if part.exists() else 0
+    while True:
+        have, headers, total, pause = part.stat().st_size if part.exists() else 0, {"User-Agent": "cocomix"}, 0, 0
+        if have and tag.exists():  # If-Range: a file that has changed since comes whole
+            headers |= {"Range": f"bytes={have}-", "If-Range": tag.read_text()}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=60) as reply:
+                have = have if reply.status == 206 else 0
+                total = have + int(reply.headers.get("Content-Length") or 0)
+                with open(part, "ab" if have else "wb") as f, tqdm(total=total or None, initial=have, unit="B", unit_scale=True,
+                                                                   desc=f"{path.name:<18}", leave=False) as bar:
+                    version = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
+                    tag.unlink(missing_ok=True) if version[:2] in ("", "W/") else tag.write_text(version)
+                    while block := reply.read(1 << 20):
+                        f.write(block)
+                        have += len(block)
+                        bar.update(len(block))
+            if total in (0, have):
+                break
+            problem = f"the connection was dropped at {have:,} of {total:,} bytes"
+        except urllib.error.HTTPError as e:
+            problem, pause = f"the server answered {e}", e.headers.get("Retry-After", "")
+            pause = min(300, int(pause)) if pause.isdigit() else 0
+            if e.code == 416 and e.headers.get("Content-Range", "").endswith(f"/{have}"):
+                break  # an earlier call had all of it
+            if e.code == 416:
+                part.unlink()
+            elif e.code < 500 and e.code not in (408, 425, 429):
+                raise FileNotFoundError(f"{address} is not to be had ({e}): check the address and COCOMIX_MIRROR, {by_hand}") from e
+        except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as e:
+            problem = f"the connection failed ({getattr(e, 'reason', e)!r})"
+        except OSError as e:
+            raise OSError(f"could not write {part} ({e}): free some space; the same command goes on from there") from e
+        failures, furthest = 0 if have > furthest else failures + 1, max(have, furthest)
+        if failures >= attempts:
+            raise OSError(f"{address}: {problem}, {failures} times without progress. Check the network and run the same "
+                          f"command again, {by_hand}")
+        time.sleep(max(pause, wait * 2 ** max(0, failures - 1)))
+    digest = hashlib.sha256()
+    with open(part, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    tag.unlink(missing_ok=True)
+    if sha256 not in (None, digest.hexdigest()):
+        part.unlink()
+        raise ValueError(f"{address} is damaged or another file: its SHA-256 is {digest.hexdigest()}, not {sha256}. It was "
+                         f"deleted; run the same command again, {by_hand}")
+    os.replace(part, path)
+    print(f"{path}: {path.stat().st_size:,} bytes, SHA-256 {digest.hexdigest()}" + (" as published" if sha256 else ""))
+    return path
+
+
 # ---- text to shards ----------------------------------------------------------------------------------------
+
+HUB = "https://huggingface.co/datasets"
+SOURCES = {  # name: address, number of files, tokenizer, share of the documents or of the text's end that is held out
+    "fineweb": (HUB + "/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin", 103, "gpt2", 0),
+    "fineweb100B": (HUB + "/kjj0/fineweb100B-gpt2/resolve/main/fineweb_{}_{:06d}.bin", 1030, "gpt2", 0),
+    "openwebtext": (HUB + "/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar", 21, "gpt2", 0.0005),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 1, "byte", 0.1),
+    "pystdlib": ("", 1, "byte", 0.05),
+}
+SHA256 = {"fineweb_val_000000.bin": "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640"}
+
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Turn text into token shards."""
-    source: str  # pystdlib, a text file, or a folder of text files
+    """Turn text into token shards, or download them."""
+    source: str  # a text file, a folder of them, or pystdlib, shakespeare, openwebtext, fineweb, fineweb100B
     out: str = ""  # folder for the shards; empty: data/NAME
-    tokenizer: Literal["byte", "gpt2"] = "byte"  # 257 or 50257 token ids
-    val_fraction: float = 0.05  # share held out: of a folder's files (by a hash of their names), or of a file's end
+    tokenizer: Literal["auto", "byte", "gpt2"] = "auto"  # 257 or 50257 token ids; auto: gpt2 for the web texts, else byte
+    val_fraction: float = 0.0  # held out: share of a folder's files, of a file's end; 0: 0.05, shakespeare 0.1, openwebtext 0.0005
     separator: str = EOT  # text that ends a document inside a file; empty: a file is one document
     shard_tokens: int = 100_000_000  # tokens a shard
+    shards: int = 0  # how many training shards (fineweb) or archives (openwebtext) to take; 0: all, 103 or 21
 
     def __post_init__(self):
-        if not 0 < self.val_fraction < 1:
+        _, files, tokenizer, share = SOURCES.get(self.source, ("", 1, "byte", 0.05))
+        for name, default in (("tokenizer", tokenizer), ("val_fraction", share), ("shards", files)):
+            if getattr(self, name) in ("auto", 0):
+                object.__setattr__(self, name, default)
+        if self.source.startswith("fineweb"):
+            if (self.tokenizer, self.val_fraction) != ("gpt2", 0):
+                raise ValueError(f"{self.source} is made of GPT-2 tokens and split already: leave out --tokenizer, --val_fraction")
+        elif not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction {self.val_fraction} must lie between 0 and 1, as 0.05 does")
+        if not 1 <= self.shards <= files:
+            raise ValueError(f"--shards {self.shards} must lie between 1 and {files}, all of {self.source}")
         if not 0 < self.shard_tokens < 1 << 31:
             raise ValueError(f"--shard_tokens {self.shard_tokens} must lie between 1 and 2147483647")
 
 
 def text_files(source):
-    """(root, sorted text files, name) of pystdlib, a file or a folder (without hidden and binary files)."""
+    """(root, sorted text files) of pystdlib, a file or a folder (without hidden and binary files)."""
     if source == "pystdlib":
         root, skip = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "dist-packages", "test", "tests", "idle_test"}
         paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
         if not paths:
             raise FileNotFoundError(f"this Python keeps no sources in {root}: run `python data.py PATH` on some text")
-        return root, paths, "pystdlib"
+        return root, paths
+    if source == "shakespeare":
+        path = fetch(SOURCES[source][0], cache("shakespeare.txt"))
+        return path.parent, [path]
     root = Path(source).expanduser()
     if root.is_file():
-        return root.parent, [root], root.stem
+        return root.parent, [root]
     if not root.is_dir():
-        raise FileNotFoundError(f"{source!r} is neither pystdlib nor a file or folder: check the path, or run "
-                                "`python data.py pystdlib`")
+        near = difflib.get_close_matches(source, SOURCES, 1)
+        raise FileNotFoundError(f"{source!r} is neither a file or folder nor one of {', '.join(SOURCES)}"
+                                + (f": did you mean {near[0]}?" if near else ": check the path, or run `python data.py pystdlib`"))
     paths = []
     for p in sorted(root.rglob("*")):
         if p.is_file() and not any(part.startswith(".") for part in p.relative_to(root).parts):
             with open(p, "rb") as f:
                 if b"\0" not in f.read(8192):
                     paths.append(p)
-    return root, paths, root.resolve().name
+    return root, paths
 
 
 def read_pieces(path, chunk):
@@ -263,12 +376,69 @@ def read_pieces(path, chunk):
         yield text
 
 
-class ShardWriter:
-    """Appends token arrays to folder/split_000000.bin.tmp, _000001.bin.tmp, ...; `finish` gives them their names."""
+def split_files(root, paths, settings):
+    """Yield (split, text, whether a document ends here) of text files, in pieces, in order."""
+    size, done, in_val, begin_val = sum(p.stat().st_size for p in paths), 0, set(), math.inf
+    if len(paths) == 1:  # one file: its end is held out
+        begin_val = (1 - settings.val_fraction) * size
+    else:  # many: those whose names hash lowest, so that a new file moves few of the others
+        ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
+        in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])
+    chunk = int(min(1 << 20, max(16, settings.val_fraction * size / 2)))
+    for path in paths:
+        split, unfinished = "train", False
+        for text in read_pieces(path, chunk):
+            split = "val" if path in in_val or done >= begin_val else "train"
+            *ended, rest = text.split(settings.separator) if settings.separator else [text]
+            for document in ended:
+                yield split, document, True
+            yield split, rest, False
+            unfinished = bool(rest) or unfinished and not ended
+            done += len(text.encode())
+        if unfinished:  # the file may end with the separator itself
+            yield split, "", True
 
-    def __init__(self, folder, split, shard_tokens):
+
+def unpack(packed):
+    """The documents of one of OpenWebText's inner archives: .tar.xz bytes -> list of str, cleaned as its loader does.
+
+    A tar is a row of files, each a header of 512 bytes (size in octal at 124, type at 156) and its bytes, padded to a
+    multiple of 512. The library's reader would take a third as long again as unpacking does."""
+    raw, at, texts = lzma.decompress(packed), 0, []
+    while size := raw[at + 124:at + 136].strip(b"\0 "):
+        begin, end = at + 512, at + 512 + int(size, 8)
+        if raw[at + 156:at + 157] in (b"0", b"\0"):  # a plain file
+            texts.append(re.sub("\n\n\n+", "\n\n", raw[begin:end].decode("utf-8", "replace")).strip())
+        at = begin + -(-(end - begin) // 512) * 512
+    return texts
+
+
+def split_openwebtext(path, val_fraction):
+    """Yield (split, document, True) of one of OpenWebText's tars. A document's hash decides on its split, wherever it lies.
+
+    Inner archives are unpacked a few ahead, by threads (lzma lets go of the interpreter), while others are tokenised."""
+    try:
+        with tarfile.open(path) as tar, ThreadPoolExecutor() as pool:
+            waiting = collections.deque()
+            members = (m for m in tar if m.name.endswith(".xz"))
+            while (member := next(members, None)) or waiting:
+                if member:
+                    waiting.append(pool.submit(unpack, tar.extractfile(member).read()))
+                if not member or len(waiting) > (os.cpu_count() or 1):
+                    for text in waiting.popleft().result():
+                        held_out = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < val_fraction * 2 ** 64
+                        yield "val" if held_out else "train", text, True
+    except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError) as e:
+        raise ValueError(f"{path} is damaged ({e}): delete it and run the same command again") from e
+
+
+class ShardWriter:
+    """Appends tokens to folder/split_000000.bin.tmp, _000001.bin.tmp, ...; `finish` gives them their names. `shards` and
+    `total`, as `keep` returned them, go on from there."""
+
+    def __init__(self, folder, split, shard_tokens, shards=0, total=0):
         self.name, self.limit = f"{folder}/{split}_%06d.bin", shard_tokens
-        self.shards, self.count, self.total, self.last, self.file = 0, 0, 0, None, None
+        self.shards, self.total, self.kept, self.count, self.file = shards, total, shards, 0, None
 
     def append(self, tokens):
         while len(tokens):
@@ -277,7 +447,7 @@ class ShardWriter:
                 self.file.write(bytes(HEADER_BYTES))
             part, tokens = tokens[:self.limit - self.count], tokens[self.limit - self.count:]
             self.file.write(part.astype("<u2").tobytes())
-            self.count, self.last = self.count + len(part), int(part[-1])
+            self.count += len(part)
             if self.count == self.limit:
                 self.close()
 
@@ -290,74 +460,144 @@ class ShardWriter:
             self.file.close()
             self.shards, self.total, self.count, self.file = self.shards + 1, self.total + self.count, 0, None
 
+    def keep(self):
+        """End the shard begun, and spare all of them from `drop`: (shards, their tokens)."""
+        self.close()
+        self.kept = self.shards
+        return self.shards, self.total
+
+    def drop(self):
+        """Remove what was written since `keep`: a full disk is not to stay full."""
+        if self.file is not None:
+            self.file.close()
+        for i in itertools.count(self.kept):
+            if not Path(self.name % i + ".tmp").exists():
+                return
+            os.remove(self.name % i + ".tmp")
+
     def finish(self):
         for i in range(self.shards):
-            os.replace(self.name % i + ".tmp", self.name % i)
+            with suppress(FileNotFoundError):  # named already, before an interruption
+                os.replace(self.name % i + ".tmp", self.name % i)
+
+
+def tokenise(pieces, encoding, writers, bar, ahead=1 << 23):
+    """Write (split, text, whether a document ends here) to writers[split], at most `ahead` bytes of text at a time, on all
+    cores (tiktoken lets go of the interpreter). Returns the number of bytes of text."""
+    eot, total, pending, waiting = np.array([encoding.eot_token]), 0, 0, collections.deque()
+
+    def encode(text):
+        return encoding.encode_to_numpy(text, disallowed_special=())  # encode_ordinary, without a Python list
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pieces = iter(pieces)
+        while (piece := next(pieces, None)) or waiting:
+            if piece:
+                size = len(piece[1].encode())
+                waiting.append((piece, size, pool.submit(encode, piece[1])))
+                total, pending = total + size, pending + size
+            if not piece or pending > ahead:
+                (split, _, ends), size, tokens = waiting.popleft()
+                writers[split].append(tokens.result())
+                writers[split].append(eot[:ends])
+                pending -= size
+                bar.update(size)
+    return total
+
+
+def write_shards(jobs, out, settings, state, size, quiet):
+    """Tokenise the pieces of text that each of `jobs` () gives and write their shards to folder `out`, so that whole
+    jobs survive an interruption. Returns {train_tokens, val_tokens, text_bytes, seconds}."""
+    progress, encoding = out / "progress.json", get_tokenizer(settings.tokenizer)
+    done = read_json(progress, state)
+    writers = {split: ShardWriter(out, split, settings.shard_tokens, *done.get(split, ())) for split in ("train", "val")}
+    begin, text_bytes, seconds = done.get("jobs", 0), done.get("text_bytes", 0), done.get("seconds", 0.0)
+    try:
+        for writer in writers.values():
+            writer.drop()
+        for number in range(begin, len(jobs)):
+            pieces, start = jobs[number](), time.perf_counter()  # a job downloads first
+            name = "tokenise" + f" {number + 1}/{len(jobs)}" * (len(jobs) > 1)
+            with writing(out), tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name:<18}", disable=quiet) as bar:
+                out.mkdir(parents=True, exist_ok=True)
+                text_bytes += tokenise(pieces, encoding, writers, bar)
+                seconds += time.perf_counter() - start
+                with atomic(progress) as tmp:
+                    tmp.write_text(json.dumps({**{split: writer.keep() for split, writer in writers.items()}, "jobs": number + 1,
+                                               "text_bytes": text_bytes, "seconds": seconds, "settings": state}))
+    finally:
+        for writer in writers.values():
+            writer.drop()
+    counts = {f"{split}_tokens": writer.total for split, writer in writers.items()}
+    if not all(counts.values()):
+        for path in [progress, *out.glob("*.bin.tmp")]:
+            path.unlink()
+        raise ValueError(f"{settings.source!r} is too short to hold out a share of {settings.val_fraction}: add text, or "
+                         "raise --val_fraction")
+    (out / "meta.json").unlink(missing_ok=True)  # all is written: the new shards take the place of the old
+    for old in (p for split, writer in writers.items() for p in sorted(out.glob(f"{split}_*.bin"))[writer.shards:]):
+        old.unlink()
+    for writer in writers.values():
+        writer.finish()
+    return {**counts, "text_bytes": text_bytes, "seconds": round(seconds, 3)}
+
+
+def read_json(path, settings):
+    """The dict in file `path` if it was made with these settings, else {}; damaged ones do not count."""
+    with suppress(ValueError, OSError, KeyError, TypeError):
+        content = json.loads(path.read_text())
+        return content if content["settings"] == settings else {}
+    return {}
 
 
 def prepare(settings, quiet=False):
-    """Write the shards that `settings` (DataSettings) describe, return their folder (Path). Present ones are reused.
+    """Make the shards that `settings` (DataSettings) describe, return their folder (Path). Present ones are reused; an
+    interrupted openwebtext or fineweb goes on after its last whole archive or shard.
 
     FileNotFoundError for a missing source; ValueError for one too short to split, or a folder whose shards are not
-    ours to replace; OSError when writing fails: what stood there before stays."""
-    root, paths, name = text_files(settings.source)
-    out, size = Path(settings.out or Path("data") / name), sum(p.stat().st_size for p in paths)
-    if size == 0:
-        raise ValueError(f"{settings.source!r} holds no text: give a file or folder with text in it")
-    newest = max(int(p.stat().st_mtime) for p in paths)
-    state, present = {**asdict(settings), "out": "", "files": len(paths), "bytes": size, "newest": newest}, {}
-    if (out / "meta.json").is_file():
-        with suppress(ValueError):  # a damaged one is replaced
-            present = json.loads((out / "meta.json").read_text())
-    elif any(out.glob("*.bin")):
-        raise ValueError(f"{out} holds shards that this command did not write: name another folder with --out")
-    if present.get("settings") == state:
+    ours to replace; OSError when a download or writing fails: what stood there before stays."""
+    source, address = settings.source, SOURCES.get(settings.source, ("",))[0]
+    path = Path(source).expanduser().resolve()
+    out = Path(settings.out or Path("data") / (source if source in SOURCES else path.stem if path.is_file() else path.name))
+    state, size, fineweb = {**asdict(settings), "out": ""}, 0, source.startswith("fineweb") and address
+
+    def archive(number):
+        path = fetch(address.format(number), out / f"urlsf_subset{number:02d}.tar")
+
+        def pieces():
+            yield from split_openwebtext(path, settings.val_fraction)
+            path.unlink()  # 600 MB each
+        return pieces()
+    if source == "openwebtext":
+        jobs = [partial(archive, number) for number in range(settings.shards)]
+    elif not fineweb:
+        root, paths = text_files(source)
+        size, jobs = sum(p.stat().st_size for p in paths), [lambda: split_files(root, paths, settings)]
+        if size == 0:
+            raise ValueError(f"{source!r} holds no text: give a file or folder with text in it")
+        state |= {"files": len(paths), "bytes": size, "newest": max(int(p.stat().st_mtime) for p in paths)}
+    if read_json(out / "meta.json", state):
         if not quiet:
             print(f"data: {out} reused, made with these settings")
         return out
-    encoding = get_tokenizer(settings.tokenizer)
-    eot, in_val, begin_val = np.array([encoding.eot_token]), set(), float("inf")
-    if len(paths) == 1:  # one file: its end is held out
-        begin_val = (1 - settings.val_fraction) * size
-    else:  # many: those whose names hash lowest, so that a new file moves few of the others
-        ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
-        in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])
-    chunk, done = int(min(1 << 20, max(16, settings.val_fraction * size / 2))), 0
-    try:
-        with writing(out), tqdm(total=size, unit="B", unit_scale=True, desc=f"{'data':<18}", disable=quiet) as bar:
-            out.mkdir(parents=True, exist_ok=True)
-            writers = {split: ShardWriter(out, split, settings.shard_tokens) for split in ("train", "val")}
-            for path in paths:
-                for text in read_pieces(path, chunk):
-                    writer = writers["val" if path in in_val or done >= begin_val else "train"]
-                    for i, part in enumerate(text.split(settings.separator) if settings.separator else [text]):
-                        if i:
-                            writer.append(eot)
-                        writer.append(np.array(encoding.encode_ordinary(part), dtype=np.int64))
-                    done += len(text.encode("utf-8", "replace"))
-                    bar.update(min(done, size) - bar.n)
-                if writer.last != eot[0]:  # the file may end with the separator itself
-                    writer.append(eot)
-            for writer in writers.values():
-                writer.close()
-            counts = {f"{split}_tokens": writer.total for split, writer in writers.items()}
-            if all(counts.values()):  # all is written: the new shards take the place of the old
-                for old in [out / "meta.json", *out.glob("train_*.bin"), *out.glob("val_*.bin")]:
-                    old.unlink(missing_ok=True)
-                for writer in writers.values():
-                    writer.finish()
-    finally:  # a full disk is not to stay full
-        for rest in out.glob("*.bin.tmp"):
-            rest.unlink()
-    if not all(counts.values()):
-        raise ValueError(f"{settings.source!r} is too short to hold out a share of {settings.val_fraction}: add text, or "
-                         "raise --val_fraction")
+    wanted = [f"fineweb_{'train' if i else 'val'}_{i:06d}.bin" for i in range(settings.shards + 1)]
+    ours = (lambda name: name in wanted) if fineweb else re.compile(r"(train|val)_\d{6}\.bin").fullmatch
+    shards = [p.name for p in out.glob("*.bin")]
+    if not all(map(ours, shards)) or shards and not fineweb and not (out / "meta.json").is_file() and not read_json(out / "progress.json", state):
+        raise ValueError(f"{out} holds shards that this command did not write: name another folder with --out")
+    if fineweb:
+        found = [open_shard(fetch(address.format(*name[8:-4].split("_")), out / name, SHA256.get(name))) for name in wanted]
+        counts = {"train_tokens": sum(map(len, found[1:])), "val_tokens": len(found[0])}
+    else:
+        counts = write_shards(jobs, out, settings, state, size, quiet)
     with atomic(out / "meta.json") as tmp:
-        tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": encoding.n_vocab, **counts,
+        tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": get_tokenizer(settings.tokenizer).n_vocab, **counts,
                                    "settings": state}, indent=1) + "\n")
+    (out / "progress.json").unlink(missing_ok=True)
     if not quiet:
+        speed = "" if fineweb else f", {counts['text_bytes'] / 1e6 / counts['seconds']:.1f} MB/s"
         print(f"data: {out}, {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens "
-              f"({settings.tokenizer})")
+              f"({settings.tokenizer}{speed})")
     return out
 
 
