@@ -47,7 +47,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 MAGIC, HEADER_BYTES = 20240520, 256 * 4
-EOT = "<|endoftext|>"
+EOT, VOCABULARIES = "<|endoftext|>", {"byte": 257, "gpt2": 50257}
 
 
 # ---- settings and command lines ----------------------------------------------------------------------------
@@ -580,18 +580,19 @@ def prepare(settings, quiet=False):
         if not quiet:
             print(f"data: {out} reused, made with these settings")
         return out
-    wanted = [f"fineweb_{'train' if i else 'val'}_{i:06d}.bin" for i in range(settings.shards + 1)]
-    ours = (lambda name: name in wanted) if fineweb else re.compile(r"(train|val)_\d{6}\.bin").fullmatch
+    wanted = {f"fineweb_{split}_{i:06d}.bin": (split, i) for i, split in enumerate(["val"] + ["train"] * settings.shards)}
+    ours = wanted.__contains__ if fineweb else re.compile(r"(train|val)_\d{6}\.bin").fullmatch
     shards = [p.name for p in out.glob("*.bin")]
-    if not all(map(ours, shards)) or shards and not fineweb and not (out / "meta.json").is_file() and not read_json(out / "progress.json", state):
+    known = fineweb or (out / "meta.json").is_file() or read_json(out / "progress.json", state)
+    if shards and not (known and all(map(ours, shards))):
         raise ValueError(f"{out} holds shards that this command did not write: name another folder with --out")
     if fineweb:
-        found = [open_shard(fetch(address.format(*name[8:-4].split("_")), out / name, SHA256.get(name))) for name in wanted]
+        found = [open_shard(fetch(address.format(*which), out / name, SHA256.get(name))) for name, which in wanted.items()]
         counts = {"train_tokens": sum(map(len, found[1:])), "val_tokens": len(found[0])}
     else:
         counts = write_shards(jobs, out, settings, state, size, quiet)
     with atomic(out / "meta.json") as tmp:
-        tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": get_tokenizer(settings.tokenizer).n_vocab, **counts,
+        tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": VOCABULARIES[settings.tokenizer], **counts,
                                    "settings": state}, indent=1) + "\n")
     (out / "progress.json").unlink(missing_ok=True)
     if not quiet:
@@ -630,7 +631,7 @@ def read_meta(folder):
     """A data set's meta.json. Without one (FineWeb, nanoGPT) the tokens are GPT-2's. ValueError if it is damaged."""
     path = Path(folder) / "meta.json"
     if not path.is_file():
-        return {"tokenizer": "gpt2", "vocab_size": 50257}
+        return {"tokenizer": "gpt2", "vocab_size": VOCABULARIES["gpt2"]}
     try:
         meta = json.loads(path.read_text())
         return {**meta, "tokenizer": str(meta["tokenizer"]), "vocab_size": int(meta["vocab_size"])}

@@ -1,11 +1,16 @@
 """Every test compares with something independent: loops written from the equations, finite differences, files made by
 hand, one process against two. Offline, on the CPU: `pytest`. Tests that need a GPU skip themselves."""
+import hashlib
+import http.server
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +26,7 @@ import cocomix as cocomix_module
 import data as data_module
 import train as train_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, steering_study, top_k
-from data import (DataSettings, Interrupt, Log, Windows, World, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
+from data import (DataSettings, Interrupt, Log, Windows, World, fetch, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
 from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, load_openai, loss_from, residual,
                  train_sae)
 from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
@@ -720,6 +725,202 @@ def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             prepare(DataSettings(bad), quiet=True)
+
+# ---- downloads -------------------------------------------------------------------------------------------------------
+
+class Origin(http.server.BaseHTTPRequestHandler):
+    """A file server on the loopback interface: ranges and ETags, and failures on demand."""
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append((self.path, self.headers.get("Range")))
+        content = server.files.get(self.path)
+        problem = server.problems.pop(0) if server.problems else None
+        if content is None or isinstance(problem, int):
+            self.send_response(problem or 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        begin, etag = 0, f'"{hashlib.sha256(content).hexdigest()}"'
+        if server.ranges and "Range" in self.headers and self.headers.get("If-Range") == etag:
+            begin = int(re.match(r"bytes=(\d+)-$", self.headers["Range"])[1])
+            if begin >= len(content):
+                self.send_response(416)
+                self.send_header("Content-Range", f"bytes */{len(content)}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+        self.send_response(206 if begin else 200)
+        self.send_header("ETag", etag)
+        self.send_header("Content-Length", str(len(content) - begin))
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if problem == "drop":
+            self.wfile.write(content[begin:begin + len(content) // 3])
+            self.close_connection = True
+        else:
+            self.wfile.write(content[begin:])
+
+
+@pytest.fixture
+def origin(monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Origin)
+    server.files, server.problems, server.asked, server.ranges = {}, [], [], True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.base = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setenv("COCOMIX_MIRROR", server.base)
+    monkeypatch.setenv("no_proxy", "*")
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+URL, BLOB = "https://host.org/a/b.bin", np.random.default_rng(0).bytes(300_000)
+
+
+def test_fetch_goes_on_where_the_connection_dropped(origin, tmp_path, capsys):
+    origin.files["/host.org/a/b.bin"], origin.problems = BLOB, [503, "drop", 429, "drop"]
+    path = fetch(URL, tmp_path / "new" / "b.bin", hashlib.sha256(BLOB).hexdigest(), wait=0.01)
+    assert path.read_bytes() == BLOB and [r for _, r in origin.asked] == [None, None, "bytes=100000-", "bytes=100000-", "bytes=200000-"]
+    assert [p.name for p in path.parent.iterdir()] == ["b.bin"] and hashlib.sha256(BLOB).hexdigest() in capsys.readouterr().out
+    assert fetch(URL, path) == path and len(origin.asked) == 5  # it is there
+
+
+def test_fetch_goes_on_in_another_call_unless_the_file_has_changed(origin, tmp_path):
+    origin.files["/host.org/a/b.bin"], origin.problems = BLOB, ["drop"] + [500] * 3
+    with pytest.raises(OSError, match="500.*3 times without progress"):
+        fetch(URL, tmp_path / "b.bin", attempts=3, wait=0.01)
+    assert not (tmp_path / "b.bin").exists() and (tmp_path / "b.bin.part").stat().st_size == 100_000
+    origin.files["/host.org/a/b.bin"] = changed = BLOB[::-1]
+    origin.problems = ["drop"] + [500] * 3  # the changed file comes from its beginning
+    with pytest.raises(OSError, match="without progress"):
+        fetch(URL, tmp_path / "b.bin", attempts=3, wait=0.01)
+    assert (tmp_path / "b.bin.part").read_bytes() == changed[:100_000]
+    origin.asked.clear()
+    assert fetch(URL, tmp_path / "b.bin", wait=0.01).read_bytes() == changed and origin.asked[0][1] == "bytes=100000-"
+    (tmp_path / "b.bin").rename(tmp_path / "c.bin.part")  # stopped between the last byte and the name
+    (tmp_path / "c.bin.part.tag").write_text(f'"{hashlib.sha256(changed).hexdigest()}"')
+    assert fetch(URL, tmp_path / "c.bin", wait=0.01).read_bytes() == changed
+
+
+def test_failed_downloads_say_why_and_leave_no_file(origin, tmp_path, monkeypatch):
+    origin.files["/host.org/a/b.bin"] = BLOB
+    with pytest.raises(ValueError, match="SHA-256 is .* not 00ff"):
+        fetch(URL, tmp_path / "b.bin", "00ff")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="404.*by hand"):
+        fetch("https://host.org/none", tmp_path / "b.bin")
+    origin.ranges, origin.problems = False, ["drop"] * 9  # it can never go on
+    with pytest.raises(OSError, match="dropped at 100,000 of 300,000 bytes, 3 times without"):
+        fetch(URL, tmp_path / "b.bin", attempts=3, wait=0.01)
+    monkeypatch.setenv("COCOMIX_MIRROR", "http://127.0.0.1:9/closed")
+    with pytest.raises(OSError, match="127.0.0.1:9/closed/host.org.*connection failed.*2 times without progress"):
+        fetch(URL, tmp_path / "b.bin", attempts=2, wait=0.01)
+    monkeypatch.delenv("COCOMIX_MIRROR")
+    with pytest.raises(OSError, match="nowhere.invalid.*Check the network"):
+        fetch("http://nowhere.invalid/x", tmp_path / "b.bin", attempts=1)
+    monkeypatch.setenv("COCOMIX_MIRROR", origin.base)
+    resource, origin.problems, origin.ranges = pytest.importorskip("resource"), [], True
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(OSError, match="could not write .*free some space"):
+            fetch(URL, tmp_path / "b.bin")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (tmp_path / "b.bin").exists()
+    assert fetch(URL, tmp_path / "b.bin", hashlib.sha256(BLOB).hexdigest()).read_bytes() == BLOB
+
+
+def openwebtext_tar(documents, per_archive, extra=()):
+    """Documents as Skylion007/openwebtext packs them: a tar of .xz files, each a tar.xz of .txt files."""
+    outer = io.BytesIO()
+
+    def add(tar, name, content):
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    with tarfile.open(fileobj=outer, mode="w") as tar:
+        for n in range(0, len(documents), per_archive):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w:xz", format=tarfile.GNU_FORMAT) as small_tar:
+                folder = tarfile.TarInfo("folder")
+                folder.type = tarfile.DIRTYPE
+                small_tar.addfile(folder)
+                for i, text in enumerate(documents[n:n + per_archive]):
+                    add(small_tar, f"{'long' * 40 * (i == 1)}{n + i:07d}-hash.txt", text.encode())  # a name beyond 100 characters
+            add(tar, f"openwebtext/urlsf_subset00-{n}_data.xz", inner.getvalue())
+        for name, content in extra:
+            add(tar, name, content)
+    return outer.getvalue()
+
+
+def test_openwebtext_is_split_by_document_hash_and_goes_on_after_whole_archives(origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(data_module, "get_tokenizer", lambda name, real=data_module.get_tokenizer: real("byte"))  # no BPE files here
+    texts = [f"  document {i} " + "words and more " * (i % 7) + f"\n\n\n\n\nend {i}\n" for i in range(200)]
+    clean = [re.sub("\n\n\n+", "\n\n", t).strip() for t in texts]
+    base = "/huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/urlsf_subset%02d.tar"
+    origin.files[base % 0] = openwebtext_tar(texts[:120], 32, extra=[("openwebtext/README", b"not an archive")])
+    origin.files[base % 1] = whole = openwebtext_tar(texts[120:], 40)
+    want = {"train": b"", "val": b""}
+    for text in clean:
+        held_out = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2 ** 64 < 0.2
+        want["val" if held_out else "train"] += text.encode() + b"|"
+    made = DataSettings("openwebtext", str(tmp_path / "o"), val_fraction=0.2, shards=2, shard_tokens=1500)
+    origin.files[base % 1] = whole[:700]  # damaged
+    with pytest.raises(ValueError, match="subset01.tar is damaged"):
+        prepare(made, quiet=True)
+    assert not list((tmp_path / "o").glob("*.bin")) and not (tmp_path / "o" / "urlsf_subset00.tar").exists()
+    (tmp_path / "o" / "urlsf_subset01.tar").unlink()
+    origin.files[base % 1] = whole
+    origin.asked.clear()
+    out = prepare(made, quiet=True)
+    assert [path[-6:] for path, _ in origin.asked] == ["01.tar"]  # the first one's shards were kept
+    for split, content in want.items():
+        shards = [open_shard(p) for p in sorted(out.glob(f"{split}_*.bin"))]
+        assert bytes(np.where(np.concatenate(shards) == 256, ord("|"), np.concatenate(shards)).astype(np.uint8)) == content
+        assert all(len(s) <= 1500 for s in shards) and json.loads((out / "meta.json").read_text())[split + "_tokens"] == len(content)
+    assert sorted(p.name for p in out.iterdir() if p.suffix != ".bin") == ["meta.json"] and len(list(out.glob("train*"))) > 3
+
+
+def test_fineweb_shards_are_downloaded_as_they_are(origin, tmp_path, monkeypatch):
+    base = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+    for n in range(3):
+        name = f"fineweb_{'train' if n else 'val'}_{n:06d}.bin"
+        write_shard(tmp_path / name, range(100 * n, 100 * n + 50))
+        origin.files[base + name] = (tmp_path / name).read_bytes()
+    monkeypatch.setattr(data_module, "get_tokenizer", None)  # tokens need no tokenizer
+    with pytest.raises(ValueError, match="SHA-256"):  # the published validation shard is another one
+        prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=2), quiet=True)
+    monkeypatch.setattr(data_module, "SHA256", {"fineweb_val_000000.bin": hashlib.sha256(origin.files[base + "fineweb_val_000000.bin"]).hexdigest()})
+    out = prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=1), quiet=True)
+    origin.asked.clear()
+    prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=2), quiet=True)  # more of them: only the new one comes
+    assert [path[-8:] for path, _ in origin.asked] == ["0002.bin"]
+    data, val = Windows(out, "train", 9), Windows(out, "val", 9)
+    assert len(data) == 10 and data.window(5)[0] == 200 and val.window(0)[0] == 0 and data.meta["vocab_size"] == 50257
+    with pytest.raises(ValueError, match="did not write"):  # fewer: the second would still be read
+        prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=1), quiet=True)
+    for wrong, words in ((dict(tokenizer="byte"), "GPT-2 tokens"), (dict(shards=104), "between 1 and 103")):
+        with pytest.raises(ValueError, match=words):
+            DataSettings("fineweb", **wrong)
+
+
+def test_shakespeare_comes_from_its_url(origin, tmp_path, monkeypatch):
+    monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path / "cache"))
+    origin.files["/raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"] = text = b"To be, or not to be. " * 100
+    out = prepare(DataSettings("shakespeare", str(tmp_path / "o")), quiet=True)
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["train_tokens"] + meta["val_tokens"] == len(text) + 1 and abs(meta["val_tokens"] / len(text) - 0.1) < 0.06 and meta["tokenizer"] == "byte"
+    with pytest.raises(FileNotFoundError, match="did you mean openwebtext"):
+        prepare(DataSettings("openwebtex"))
 
 
 # ---- files and command lines -----------------------------------------------------------------------------------------
