@@ -35,6 +35,7 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
@@ -42,6 +43,7 @@ from typing import Literal, NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class CoCoMix(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.gradient_checkpointing = config, False  # True: backward runs each block again to save memory
         rows = math.ceil(config.vocab_size / config.vocab_multiple) * config.vocab_multiple
         self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -272,7 +274,8 @@ class CoCoMix(nn.Module):
                 if config.concept_residual:
                     c = h + c
                 h = interleave(h, c.to(h.dtype))  # (B,2T,D): no new positions, the usual causal mask over 2T
-            h = block(h, config.mix != "none" and i == config.n_layer - 1, cache["past"][i] if cache else None)
+            run = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and not cache else block
+            h = run(h, config.mix != "none" and i == config.n_layer - 1, cache["past"][i] if cache else None)
         if cache:
             cache["tokens"] += idx.size(1)
         logits = self.head(h)
@@ -503,7 +506,7 @@ def load_dictionary(path, ckpt):
     """The entries of a concept dictionary, one dict a concept; `path` "" means the one beside the SAE that labelled
     for the model of `ckpt`. ValueError if it is missing, damaged or another SAE's."""
     trained = ckpt["log"][0]["settings"]
-    path = Path(path or Path(trained["sae"]).parent / "concepts.json")
+    path = Path(path or Path(trained["sae"].removeprefix("openai:")).parent / "concepts.json")
     make = "make it with `python sae.py describe --sae {sae} --teacher {teacher} --data {data}`".format(**trained)
     if not path.is_file():
         raise ValueError(f"no concept dictionary {path}: {make}, or name one with --concepts")

@@ -37,6 +37,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
@@ -57,8 +58,8 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
 
     One flag a field, of its type and default, its comment as help; `Literal` gives choices, a flag of type
     tuple[X, ...] can be repeated, one of type Optional[int] can stand alone, which means -1. `presets`
-    {name: {field: value}} adds --preset, whose values other flags override. A wrong flag or value ends the
-    program with what would be right. In flags - and _ are the same."""
+    {name: {field: value}} adds --preset, whose values other flags override; in it {mode: {field: value}} holds with
+    that --mode. A wrong flag or value ends the program with what would be right. In flags - and _ are the same."""
     argv = list(sys.argv[1:] if argv is None else argv)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
@@ -86,7 +87,11 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
     if presets:
         first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         first.add_argument("--preset", default=preset)
-        parser.set_defaults(**presets.get(first.parse_known_args(argv)[0].preset, {}))
+        first.add_argument("--mode")
+        named = first.parse_known_args(argv)[0]
+        values = presets.get(named.preset, {})
+        values = {**values, **values.get(named.mode, {})}
+        parser.set_defaults(**{k: v for k, v in values.items() if not isinstance(v, dict)})
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
@@ -164,6 +169,8 @@ def load_checkpoint(path, kind, map_location="cpu"):
     of this project, or of another kind."""
     path = Path(path)
     make = {"model": "python train.py --mode ntp", "sae": "python sae.py --teacher CKPT"}[kind]
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name the checkpoint file in it, {path / 'ckpt.pt'}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}: make one with `{make} --out {path.parent}`")
     try:
@@ -682,6 +689,10 @@ class Windows:
         """Window `number` (0-based, file order): int64 (T+1,)."""
         shard = int(np.searchsorted(self.ends, number, side="right"))
         start = (number - (self.ends[shard - 1] if shard else 0)) * (self.block_size + 1)
+        return self.tokens(shard, start)
+
+    def tokens(self, shard, start):
+        """Up to T+1 tokens of a shard from `start` on: int64."""
         tokens = self.shards[shard][start:start + self.block_size + 1]
         if tokens.max() >= self.meta["vocab_size"]:
             raise ValueError(f"{self.paths[shard]} holds token {tokens.max()}, beyond its vocabulary of "
@@ -718,6 +729,20 @@ class Windows:
         parts = [chosen[i:i + rows] for i in range(0, len(chosen), rows)]
         return len(everyone), [torch.stack([self.window(n) for n in part]) for part in parts]
 
+    def whole(self, rank=0, world=1, rows=16):
+        """Yield this rank's share of the whole split as (idx, targets) of up to (rows,T) each: disjoint stretches in which
+        every token but the first of a shard is a target exactly once."""
+        starts = [(shard, start) for shard, tokens in enumerate(self.shards) for start in range(0, len(tokens) - 1, self.block_size)]
+        batch = []
+        for shard, start in starts[rank::world]:
+            tokens = self.tokens(shard, start)
+            if batch and (len(batch) == rows or len(tokens) != len(batch[0])):  # a shard's last stretch is shorter
+                yield torch.stack(batch)[:, :-1], torch.stack(batch)[:, 1:].contiguous()
+                batch = []
+            batch.append(tokens)
+        if batch:
+            yield torch.stack(batch)[:, :-1], torch.stack(batch)[:, 1:].contiguous()
+
 
 # ---- the processes and devices of a run --------------------------------------------------------------------
 
@@ -742,8 +767,10 @@ class World:
             self.device = torch.device("cuda", local if self.size > 1 else self.device.index or 0)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        if self.size > 1:
+            if not dist.is_initialized():
+                dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=2))  # others give up after 10 to 30 minutes
 
     def sum(self, tensor):
         """The tensor summed over all ranks, in place."""
@@ -752,7 +779,26 @@ class World:
         return tensor
 
     def barrier(self):
-        self.sum(torch.zeros(1))
+        """Wait for all ranks, up to two days: rank 0 may be downloading."""
+        if self.size > 1:
+            dist.barrier(self.patient)
+
+    def gather(self, value):
+        """[value of rank 0, of rank 1, ...], on every rank; picklable values."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.patient)
+        return values
+
+    def first(self, work):
+        """`work()` on rank 0, then on the others, who find it done."""
+        if not self.main:
+            self.barrier()
+        result = work()
+        if self.main:
+            self.barrier()
+        return result
 
     def autocast(self, dtype):
         """bf16 autocast for "bfloat16", and for "auto" on CUDA; otherwise fp32. Never fp16."""

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_matmul, standardise, top_k
-from data import (Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, run,
+from data import (Interrupt, Log, Windows, World, atomic, cache, fetch, get_tokenizer, load_checkpoint, parse, run,
                   save_checkpoint)
 
 STRONGEST = 64  # firings a latent is described by
@@ -270,7 +270,7 @@ def fingerprint(module):
 @dataclass(frozen=True)
 class SAESettings:
     """Train a TopK SAE on a teacher's residual stream."""
-    teacher: str = ""  # checkpoint of a plain GPT (train.py --mode ntp)
+    teacher: str = ""  # a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
     data: str = "data/pystdlib"  # folder of token shards (data.py)
     out: str = "out/sae"  # folder for ckpt.pt and log.jsonl
     layer: int = 5  # read the residual stream after this block (0-based)
@@ -414,24 +414,34 @@ def describe_figures(figures):
             f"loss {figures['teacher_loss']:.3f}, with the SAE spliced in {figures['spliced_loss']:.3f}")
 
 
-def load_teacher(path, device):
-    """The plain GPT in `path`, frozen, on `device`: a checkpoint of ours, or a GPT-2 in .safetensors or .bin."""
-    foreign = Path(path).suffix in (".safetensors", ".bin")
+GPT2 = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors",
+        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")
+OPENAI_SAE = "https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_32k/autoencoders/{}.pt"
+
+
+def load_teacher(name, world):
+    """The plain GPT that `name` names, frozen, on the world's device: a checkpoint of ours, a GPT-2 in .safetensors or
+    .bin, or "gpt2", which is downloaded once (548 MB). ValueError or OSError if it is not to be had."""
+    path = world.first(lambda: fetch(GPT2[0], cache("gpt2.safetensors"), GPT2[1])) if name == "gpt2" else Path(name)
+    foreign = path.suffix in (".safetensors", ".bin")
     teacher = load_hf(path) if foreign else CoCoMix.from_checkpoint(load_checkpoint(path, "model"))
-    return teacher.to(device).eval().requires_grad_(False)
+    return teacher.to(world.device).eval().requires_grad_(False)
 
 
-def load_sae(settings, teacher, device):
-    """The SAE that `settings.sae` names, frozen, on `device`, and the layer it reads: a checkpoint of ours, which must
-    be of this teacher, or "openai:FILE", which reads layer `settings.sae_layer`."""
-    if settings.sae.startswith("openai:"):
-        sae, layer = load_openai(settings.sae.removeprefix("openai:")), settings.sae_layer
+def load_sae(settings, teacher, world):
+    """The SAE that `settings.sae` names, frozen, on the world's device, the layer it reads, and its file: a checkpoint of
+    ours, which must be of this teacher; "openai:FILE"; or "openai", OpenAI's for GPT-2, which is downloaded once (201 MB).
+    OpenAI's read layer `settings.sae_layer`."""
+    if settings.sae == "openai" or settings.sae.startswith("openai:"):
+        layer, path = settings.sae_layer, settings.sae.removeprefix("openai").removeprefix(":")
+        path = path or world.first(lambda: fetch(OPENAI_SAE.format(layer), cache(f"openai_v5_32k_layer_{layer}/{layer}.pt")))
+        sae = load_openai(path)
     else:
-        ckpt = load_checkpoint(settings.sae, "sae")
+        ckpt, path = load_checkpoint(settings.sae, "sae"), settings.sae
         check_teacher(ckpt, teacher, settings)
         sae, layer = TopKSAE.from_checkpoint(ckpt), ckpt["layer"]
     check_pair(teacher, layer, sae)
-    return sae.to(device).eval().requires_grad_(False), layer
+    return sae.to(world.device).eval().requires_grad_(False), layer, Path(path)
 
 
 # ---- reading latents: the concept dictionary ---------------------------------------------------------------
@@ -439,8 +449,9 @@ def load_sae(settings, teacher, device):
 @dataclass(frozen=True)
 class DescribeSettings:
     """Write a concept dictionary, concepts.json, beside an SAE: what each latent fires on in held-out text."""
-    sae: str = ""  # checkpoint of the SAE (sae.py)
-    teacher: str = ""  # checkpoint of its teacher (train.py --mode ntp)
+    sae: str = ""  # checkpoint of the SAE (sae.py), openai, or openai:FILE
+    teacher: str = ""  # its teacher: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
+    sae_layer: int = 5  # the block that OpenAI's SAE reads; a checkpoint of ours says so itself
     data: str = "data/pystdlib"  # folder of token shards (data.py); its validation split is read
     tokens: int = 0  # tokens to read, spread over the split; 0: all
     snippets: int = 8  # pieces of text a latent, around its strongest activations
@@ -528,12 +539,11 @@ def write_dictionary(settings):
     world = World(settings.device)
     if world.size > 1:
         raise ValueError(f"sae.py describe runs as one process, not {world.size}: start it with python, not torchrun")
-    teacher, ckpt = load_teacher(settings.teacher, world.device), load_checkpoint(settings.sae, "sae", world.device)
-    check_teacher(ckpt, teacher, settings)
-    sae = TopKSAE.from_checkpoint(ckpt).to(world.device)
+    teacher = load_teacher(settings.teacher, world)
+    sae, layer, path = load_sae(settings, teacher, world)
     windows = Windows(settings.data, "val", teacher.config.block_size, vocab_size=teacher.config.vocab_size)
-    path, encoding = Path(settings.sae).parent / "concepts.json", get_tokenizer(windows.meta["tokenizer"])
-    entries = describe(teacher, sae, ckpt["layer"], windows, encoding, world, settings.tokens, settings.snippets)
+    path, encoding = path.parent / "concepts.json", get_tokenizer(windows.meta["tokenizer"])
+    entries = describe(teacher, sae, layer, windows, encoding, world, settings.tokens, settings.snippets)
     with atomic(path) as tmp, open(tmp, "w") as f:  # written as it is made: one line a latent
         f.write(f'{{"format": "cocomix-concepts-1", "sae": "{fingerprint(sae)}", "concepts": [\n')
         for entry in entries:
@@ -566,7 +576,7 @@ def main():
     if not settings.teacher:
         raise ValueError("--teacher is missing: give a plain GPT's checkpoint, as `python train.py --mode ntp` writes one")
     check_out(settings.out, settings.resume)
-    figures = train_sae(settings, load_teacher(settings.teacher, world.device), world, settings.resume)[1]
+    figures = train_sae(settings, load_teacher(settings.teacher, world), world, settings.resume)[1]
     world.print(f"SAE: {describe_figures(figures)}; {settings.out}/ckpt.pt")
 
 

@@ -1249,7 +1249,7 @@ def test_a_student_learns_from_weights_of_other_codes(corpus, tmp_path, capsys):
                 "activation": "TopK", "activation_state_dict": {"k": 6}}, tmp_path / "1.pt")
     base = settings(corpus, tmp_path / "o", mode="cocomix", teacher=str(tmp_path / "model.safetensors"), sae=f"openai:{tmp_path / '1.pt'}", sae_layer=1)
     train_module.single(base, World("cpu"))
-    assert "is it the right layer" in capsys.readouterr().out  # a random SAE explains nothing, and that is said
+    assert "Likely the layer is wrong" in capsys.readouterr().out  # a random SAE explains nothing, and that is said
     ckpt = load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")
     assert ckpt["identity"]["labels"]["teacher"] == fingerprint(teacher) and ckpt["config"]["n_concepts"] == 80
     with pytest.raises(ValueError, match="layer=7"):

@@ -14,7 +14,10 @@ A run writes out/ckpt.pt and out/log.jsonl. --resume goes on bit for bit, after 
 batch is a pure function of (seed, step, rank). The batch is given in tokens; accumulation follows from it.
 Nodes share one disk: rank 0 writes, all read.
 """
+import difflib
+import json
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,16 +25,35 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import CoCoMix, CoCoMixConfig
-from data import (DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
+from data import (SOURCES, VOCABULARIES, DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
                   run, save_checkpoint)
 from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
-PRESETS = {"tiny": {"compile": "off"}}  # the defaults below; compiling takes longer than these runs
+
+
+def paper(name, n_layer, n_head, n_embd, ntp_embd, insert_layer, lr, warmup, steps, batch_tokens, micro_batch):
+    """The paper's setting (section 3 and appendix) for a size; NTP's width makes its parameters match."""
+    shared = dict(data="data/openwebtext", block_size=1024, n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_multiple=64,
+                  insert_layer=insert_layer, k_concepts=32, concept_weight=0.1, lr=lr, min_lr=lr / 10, warmup=warmup,
+                  steps=steps, batch_tokens=batch_tokens, micro_batch=micro_batch, eval_interval=500, eval_tokens=1 << 20,
+                  save_interval=500)
+    return {**shared, "mode": "cocomix", "out": f"out/{name}/cocomix", "teacher": "gpt2", "sae": "openai", "sae_layer": 5,
+            "ntp": {"out": f"out/{name}/ntp", "n_embd": ntp_embd, "teacher": "", "sae": ""},
+            "pause": {"out": f"out/{name}/pause", "teacher": "", "sae": ""}}
+
+
+PRESETS = {
+    "tiny": {"compile": "off"},  # the defaults below; compiling takes longer than these runs
+    "69m": paper("69m", 8, 8, 512, 624, 3, 6e-4, 130, 40_000, 1 << 19, 16),
+    "386m": paper("386m", 24, 16, 1024, 1072, 5, 3e-4, 130, 40_000, 1 << 19, 8),
+    "1.4b": paper("1.4b", 24, 16, 2048, 2096, 5, 2e-4, 65, 20_000, 1 << 20, 4),
+}
 MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
 
 
@@ -39,14 +61,15 @@ MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
 class TrainSettings:
     """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report."""
     mode: Literal["all", "ntp", "pause", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline
-    data: str = PYSTDLIB  # folder of token shards; the default one is made when it is missing
+    data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
-    teacher: str = ""  # mode cocomix: a plain GPT: checkpoint (train.py --mode ntp), or GPT-2's .safetensors or .bin
-    sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py), or openai:FILE
+    teacher: str = ""  # mode cocomix: a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
+    sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py), openai (for gpt2), or openai:FILE
     n_layer: int = 6  # blocks
     n_head: int = 3  # attention heads
     n_embd: int = 96  # width
     block_size: int = 128  # tokens of context
+    vocab_multiple: int = 1  # embedding rows are padded to a multiple of this; 64 suits GPUs
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
     concept_residual: bool = False  # our variant: h + c stands at the concept position instead of c
     k_concepts: int = 16  # concepts mixed in; in mode all also the SAE's active latents
@@ -56,6 +79,7 @@ class TrainSettings:
     steps: int = 700  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
     micro_batch: int = 0  # rows a pass; 0: all of a process's rows at once
+    gradient_checkpointing: bool = False  # keep a block's input only and run it again in the backward pass: less memory
     lr: float = 4e-3  # peak learning rate
     min_lr: float = 0.0  # where the cosine ends; 0: a tenth of --lr
     warmup: int = 50  # steps of linear warm-up
@@ -73,11 +97,13 @@ class TrainSettings:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
     resume: bool = False  # go on from the checkpoint in --out; mode all does so by itself
     n_concepts: int = 512  # mode all: the SAE's latents; in mode cocomix the SAE's checkpoint says
-    sae_layer: int = 2  # mode all, and --sae openai:FILE: the SAE reads the teacher after this block, 0-based
+    sae_layer: int = -1  # the SAE reads the teacher after this block, 0-based; -1: 2 in mode all, 5 with OpenAI's
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
     sae_lr: float = 3e-3  # mode all: its peak learning rate
 
     def __post_init__(self):
+        if self.sae_layer == -1:
+            object.__setattr__(self, "sae_layer", 5 if self.sae.startswith("openai") else 2)
         for name in ("steps", "batch_tokens", "block_size", "eval_interval", "eval_tokens", "log_interval",
                      "save_interval", "n_labels", "sae_steps"):
             if getattr(self, name) < 1:
@@ -121,7 +147,7 @@ def run_identity(settings, config, data, labeler):
 
 def model_config(settings, vocab_size, labeler):
     """The CoCoMixConfig of a run. What its mix does not use keeps the default: it makes no difference to the run."""
-    used = {k: getattr(settings, k) for k in ("block_size", "n_layer", "n_head", "n_embd")}
+    used = {k: getattr(settings, k) for k in ("block_size", "vocab_multiple", "n_layer", "n_head", "n_embd")}
     if settings.mode != "ntp":
         used.update(insert_layer=settings.insert_layer, concept_residual=settings.concept_residual)
     if settings.mode == "cocomix":
@@ -209,6 +235,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
 
     torch.manual_seed(settings.seed)
     model = CoCoMix(model_config(settings, vocab_size, labeler)).to(world.device)
+    model.gradient_checkpointing = settings.gradient_checkpointing
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
     identity = run_identity(settings, model.config, data, labeler)
     begin, seconds, label_seconds, records = 0, 0.0, 0.0, []
@@ -418,13 +445,17 @@ def single(settings, world):
     """One run of --mode ntp, pause or cocomix."""
     labeler = None
     if settings.mode == "cocomix":
-        teacher = load_teacher(settings.teacher, world.device)
-        sae, layer = load_sae(settings, teacher, world.device)
+        teacher = load_teacher(settings.teacher, world)
+        sae, layer, path = load_sae(settings, teacher, world)
+        if settings.sae.startswith("openai"):
+            settings = replace(settings, sae=f"openai:{path}")  # the log says which file, and where its dictionary lies
         T = min(settings.block_size, teacher.config.block_size)
         data = Windows(settings.data, "train", T, vocab_size=teacher.config.vocab_size)
         figures = evaluate_sae(teacher, sae, layer, data, 8192, world)
+        doubt = f"""; WARNING: above 0.5 it hardly reconstructs this teacher. Likely the layer is wrong (it reads block {layer}:
+--sae_layer), the SAE is another teacher's, or it was trained on inputs normalised otherwise (TopK form is assumed)"""
         world.print(f"SAE: fraction of variance unexplained {figures['fvu']:.3f} on training text"
-                    + (": that is much; is it the right layer, and an SAE of this teacher?" * (figures["fvu"] > 0.5)))
+                    + doubt.replace("\n", " ") * (figures["fvu"] > 0.5))
         labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
     check_out(settings.out, settings.resume)
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
@@ -433,13 +464,205 @@ def single(settings, world):
                 f"{settings.out}/ckpt.pt, {settings.out}/log.jsonl")
 
 
+# ---- python train.py --eval: finished models, and GPT-2 --------------------------------------------------------
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Evaluate models: loss over the whole validation split, and zero-shot tasks. One table, and a JSON file."""
+    eval: str  # comma-separated checkpoints (train.py); gpt2 and a GPT-2's .safetensors or .bin, too
+    tasks: str = ""  # comma-separated tasks of EleutherAI's lm-evaluation-harness (pip install lm-eval); empty: none
+    task_folder: str = ""  # folder with task definitions of your own, in the harness's YAML
+    limit: int = 0  # documents of each task, for a quick look; 0: all
+    data: str = ""  # shards whose validation split is read; empty: those that a checkpoint was trained on
+    out: str = "out/eval.json"  # file for the results
+    batch_tokens: int = 16_384  # tokens a pass
+    device: str = "auto"  # cuda, mps or cpu; auto finds it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA, float32 elsewhere
+
+    def __post_init__(self):
+        if not self.eval or self.batch_tokens < 1 or self.limit < 0:
+            raise ValueError(f"--eval {self.eval!r} must name a checkpoint, --batch_tokens {self.batch_tokens} be 1 or more, "
+                             f"--limit {self.limit} 0 or more")
+
+
+@torch.no_grad()
+def whole_split_loss(model, windows, settings, world):
+    """Mean next-token loss (nats) over all of `windows`' split, shared by all ranks."""
+    T, total = windows.block_size, torch.zeros(2, dtype=torch.float64)
+    with world.bar(sum(len(s) - 1 for s in windows.shards) // world.size, "val") as bar:
+        for idx, targets in windows.whole(world.rank, world.size, max(1, settings.batch_tokens // T)):
+            with world.autocast(settings.dtype):
+                loss = model(idx.to(world.device), targets.to(world.device)).ntp_loss
+            total += torch.tensor([loss.double().item() * targets.numel(), targets.numel()], dtype=torch.float64)
+            bar.update(targets.numel())
+    loss_sum, count = world.sum(total).tolist()
+    return {"loss": loss_sum / count, "perplexity": math.exp(loss_sum / count), "tokens": int(count)}
+
+
+@torch.no_grad()
+def score(model, pairs, settings, world):
+    """log p(continuation | context) of each of `pairs` (context ids, continuation ids), and whether it is what greedy
+    decoding gives: [(float, bool), ...]. Work is shared by all ranks.
+
+    Continuations of one context share its keys and values, in one batch, where context and continuation fit the block
+    (where they do not, each sees a context cut differently on the left). The rest run in batches of similar length.
+    Rows are padded on the right, which no earlier position sees."""
+    T, groups, jobs = model.config.block_size, {}, []
+    for i, (context, continuation) in enumerate(pairs):
+        if len(continuation) > T:
+            raise ValueError(f"a continuation of {len(continuation)} tokens does not fit the model's block of {T}")
+        groups.setdefault(tuple(context), []).append(i)
+    alone = []
+    for context, members in groups.items():
+        fits = len(context) + max(len(pairs[i][1]) for i in members) - 1 <= T
+        jobs, alone = (jobs + [members], alone) if fits and min(len(context), len(members)) > 1 else (jobs, alone + members)
+    alone.sort(key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    while alone:
+        rows = max(1, settings.batch_tokens // min(T, sum(map(len, pairs[alone[0]]))))
+        jobs, alone = jobs + [alone[:rows]], alone[rows:]
+    found = {}
+    with world.bar(len(pairs) // world.size, "score") as bar:
+        for members in jobs[world.rank::world.size]:
+            contexts, continuations = zip(*(pairs[i] for i in members))
+            shared = contexts[0][:-1] if len(members) > 1 and all(c == contexts[0] for c in contexts) and (
+                len(contexts[0]) + max(map(len, continuations)) - 1 <= T) else []
+            ids = [(c + k)[-(T + 1):][len(shared):] for c, k in zip(contexts, continuations)]
+            idx = torch.zeros(len(ids), max(map(len, ids)) - 1, dtype=torch.int64)
+            for row, tokens in zip(idx, ids):
+                row[:len(tokens) - 1] = torch.tensor(tokens[:-1])
+            with world.autocast(settings.dtype):
+                cache = model.new_cache()
+                if shared:
+                    model(torch.tensor([shared], device=world.device), cache=cache)
+                    cache["past"] = [[t.expand(len(ids), *t.shape[1:]) for t in past] for past in cache["past"]]
+                logits = model(idx.to(world.device), cache=cache if shared else None).logits
+            for i, row, tokens, continuation in zip(members, logits, ids, continuations):
+                targets = torch.tensor(continuation, device=world.device)
+                row = row[len(tokens) - 1 - len(continuation):len(tokens) - 1].float()  # (continuation,V)
+                log_p = F.log_softmax(row, -1).gather(-1, targets[:, None]).sum()
+                found[i] = log_p.item(), bool((row.argmax(-1) == targets).all())
+            bar.update(len(members))
+    found = {i: result for part in world.gather(found) for i, result in part.items()}
+    return [found[i] for i in range(len(pairs))]
+
+
+def harness_model(model, encoding, settings, world):
+    """`model` as lm-evaluation-harness sees one. ValueError if the harness is not installed."""
+    try:
+        from lm_eval import utils
+        from lm_eval.api.model import TemplateLM
+    except ImportError as e:
+        raise ValueError(f"--tasks needs EleutherAI's lm-evaluation-harness ({e}): pip install lm-eval") from e
+
+    class Harness(TemplateLM):  # every rank asks for everything; `score` shares it out
+        eot_token_id = encoding.eot_token
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            return encoding.encode(string, allowed_special="all")
+
+        def _loglikelihood_tokens(self, requests, **_):
+            return score(model, [(context, continuation) for _, context, continuation in requests], settings, world)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            windows, owners = [], []
+            for i, request in enumerate(requests):
+                for window in utils.get_rolling_token_windows(self.tok_encode(request.args[0]), self.prefix_token_id,
+                                                              model.config.block_size, 1):
+                    windows.append(utils.make_disjoint_window(window))
+                    owners.append(i)
+            totals = [0.0] * len(requests)
+            for i, (log_p, _) in zip(owners, score(model, windows, settings, world)):
+                totals[i] += log_p
+            return totals
+
+        def generate_until(self, requests, disable_tqdm=False):
+            found = {}
+            for i in range(world.rank, len(requests), world.size):
+                context, options = requests[i].args
+                stops, most = options.get("until") or [], options.get("max_gen_toks", 256)
+                stops = [stops] if isinstance(stops, str) else list(stops)
+                ids = self.tok_encode(context)[-max(1, model.config.block_size - most):] or [encoding.eot_token]
+                text, new = "", []
+                temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
+                for token in model.stream(torch.tensor([ids], device=world.device), most, temperature):
+                    if token.item() == encoding.eot_token:
+                        break
+                    new.append(token.item())
+                    text = encoding.decode(new)
+                    if any(stop and stop in text for stop in stops):
+                        break
+                found[i] = min([text, *(text.split(stop)[0] for stop in stops if stop)], key=len)
+            found = {i: text for part in world.gather(found) for i, text in part.items()}
+            return [found[i] for i in range(len(requests))]
+
+    return Harness()
+
+
+def run_tasks(model, encoding, settings, world):
+    """{task: {metric: value}} of the harness, "METRIC_stderr" beside it. ValueError for a task it does not have."""
+    harness, names = harness_model(model, encoding, settings, world), settings.tasks.split(",")
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    manager = TaskManager(include_path=settings.task_folder or None)
+    for name in names:
+        if name not in manager.all_tasks:
+            near = difflib.get_close_matches(name, manager.all_tasks, 3)
+            raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}" + f": did you mean {', '.join(near)}?" * bool(near))
+    results = simple_evaluate(harness, tasks=names, task_manager=manager, limit=settings.limit or None, bootstrap_iters=1000,
+                              log_samples=False)["results"]
+    return {task: {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, float)}
+            for task, result in results.items()}
+
+
+def evaluate_models(settings, world):
+    """The command --eval: {model: {"val": ..., "tasks": ...}}, printed as one table and kept as JSON after each model."""
+    names, found = settings.eval.split(","), {}
+    for name in names:  # a wrong name is told before hours of work
+        if name != "gpt2" and not Path(name).is_file():
+            load_checkpoint(name, "model")
+    for name in names:
+        world.print(f"evaluating {name}")
+        if name == "gpt2" or Path(name).suffix in (".safetensors", ".bin"):
+            model, folder = load_teacher(name, world), settings.data
+            tokenizer = {V: k for k, V in VOCABULARIES.items()}.get(model.config.vocab_size)
+            if tokenizer is None:
+                raise ValueError(f"{name} has a vocabulary of {model.config.vocab_size}, none of the tokenizers here: {VOCABULARIES}")
+        else:
+            ckpt = load_checkpoint(name, "model")
+            model, tokenizer = CoCoMix.from_checkpoint(ckpt).to(world.device).eval(), ckpt["tokenizer"]
+            folder = settings.data or ckpt["log"][0]["settings"]["data"]
+        if not (folder or settings.tasks):
+            raise ValueError(f"{name} does not say which data it was trained on: name --data FOLDER, or --tasks")
+        found[name] = {"parameters": model.num_parameters(), "data": folder}
+        if folder:
+            windows = Windows(folder, "val", model.config.block_size, vocab_size=model.config.vocab_size)
+            found[name]["val"] = whole_split_loss(model, windows, settings, world)
+        if settings.tasks:
+            found[name]["tasks"] = run_tasks(model, get_tokenizer(tokenizer), settings, world)
+        if world.main:
+            with atomic(settings.out) as tmp:
+                tmp.write_text(json.dumps(found, indent=1) + "\n")
+    rows = {("val", key): f"{{:.{digits}f}}" for key, digits in (("loss", 4), ("perplexity", 2))}
+    rows |= {(task, key): "{:.4f}" for f in found.values() for task, result in f.get("tasks", {}).items() for key in result
+             if not key.endswith("_stderr")}
+    table = [f"| task | metric | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
+    for (task, key), form in rows.items():
+        results = [f.get("val") if task == "val" else f.get("tasks", {}).get(task) for f in found.values()]
+        cells = [form.format(r[key]) + (f" ± {r[key + '_stderr']:.4f}" if key + "_stderr" in r else "") if r and key in r else "-" for r in results]
+        if any(cell != "-" for cell in cells):
+            table.append(f"| {task} | {key} | {' | '.join(cells)} |")
+    world.print("\n".join(table) + f"\n\n{settings.out}")
+    return found
+
+
 def main():
+    if any(word == "--eval" or word.startswith("--eval=") for word in sys.argv[1:]):
+        settings = parse(EvalSettings)
+        return evaluate_models(settings, World(settings.device))
     settings = parse(TrainSettings, presets=PRESETS, preset="tiny")
     world = World(settings.device)
-    if settings.data == PYSTDLIB and not (Path(PYSTDLIB) / "meta.json").is_file():
-        if world.main:
-            prepare(DataSettings("pystdlib"))
-        world.barrier()
+    if settings.data in (f"data/{name}" for name in SOURCES) and not (Path(settings.data) / "meta.json").is_file():
+        world.first(lambda: prepare(DataSettings(Path(settings.data).name), quiet=not world.main))
     (pipeline if settings.mode == "all" else single)(settings, world)
 
 
