@@ -24,8 +24,9 @@ import torch.nn.functional as F
 
 import cocomix as cocomix_module
 import data as data_module
+import sae as sae_module
 import train as train_module
-from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, sparse_matmul, standardise, steering_study, top_k
+from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, load_hf, sparse_matmul, standardise, steering_study, top_k
 from data import (DataSettings, Interrupt, Log, Windows, World, fetch, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
 from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, load_openai, loss_from, residual,
                  train_sae)
@@ -205,6 +206,25 @@ def test_flops_are_those_torch_counts():
             model(tokens(1, T))
         mixing = 2 * D * SMALL["k_concepts"] if mix == "concept" else 0  # torch does not count embedding_bag
         assert model.flops_per_token() == 3 * (counter.get_total_flops() / T + mixing)
+
+
+@pytest.mark.parametrize("mix", ["none", "concept"])
+def test_gradient_checkpointing_keeps_less_and_changes_nothing(mix):
+    grads, kept = [], []
+    for on in (False, True):
+        model, idx, seen = small(mix), tokens(2, T), {}
+        model.gradient_checkpointing = on
+
+        def pack(x):
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = model(idx, idx, tokens(2, T, 4) % 64 if mix == "concept" else None).loss
+        weights_of = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept.append(sum(size for at, size in seen.items() if at not in weights_of))
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads)) and kept[1] < 0.5 * kept[0]
 
 
 def test_padded_vocabulary_is_never_scored_or_sampled():
@@ -996,6 +1016,27 @@ def test_command_line(capsys):
     assert "100% explained" in text and "default: 0.5" in text
 
 
+@pytest.mark.parametrize("name,sizes,training,parameters", [  # layers, width, heads, NTP's width, insertion | lr, min lr, warm-up, steps, tokens a step
+    ("69m", (8, 512, 8, 624, 3), (6e-4, 6e-5, 130, 40_000, 524_288), (68.3e6, 69.4e6)), ("386m", (24, 1024, 16, 1072, 5), (3e-4, 3e-5, 130, 40_000, 524_288), (389e6, 387e6)),
+    ("1.4b", (24, 2048, 16, 2096, 5), (2e-4, 2e-5, 65, 20_000, 1_048_576), (1.38e9, 1.38e9))])
+def test_presets_are_the_papers(name, sizes, training, parameters):
+    ours, ntp, pause = (parse(TrainSettings, ["--preset", name, *mode], presets=PRESETS, preset="tiny") for mode in ([], ["--mode", "ntp"], ["--mode=pause"]))
+    assert (ours.n_layer, ours.n_embd, ours.n_head, ntp.n_embd, ours.insert_layer) == sizes and pause.n_embd == ours.n_embd
+    for s in (ours, ntp, pause):
+        assert (s.lr, pytest.approx(s.min_lr), s.warmup, s.steps, s.batch_tokens) == training and (s.weight_decay, s.beta1, s.beta2, s.grad_clip) == (0.1, 0.9, 0.95, 1.0)
+        assert s.block_size == 1024 and s.data == "data/openwebtext" and s.batch_tokens % (8 * s.micro_batch * 1024) == 0
+    assert (ours.mode, ours.teacher, ours.sae, ours.sae_layer, ours.concept_weight, ours.k_concepts, ours.n_labels) == ("cocomix", "gpt2", "openai", 5, 0.1, 32, 4)
+    assert (ntp.mode, ntp.teacher, ntp.sae) == ("ntp", "", "") and len({ours.out, ntp.out, pause.out}) == 3
+    assert parse(TrainSettings, ["--preset", name, "--mode", "ntp", "--n_embd", "96"], presets=PRESETS, preset="tiny").n_embd == 96  # a flag is stronger
+    counts = []
+    for s, extra in ((ours, dict(insert_layer=s.insert_layer, n_concepts=32768)), (ntp, dict(mix="none"))):
+        with torch.device("meta"):
+            model = CoCoMix(CoCoMixConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd, vocab_multiple=s.vocab_multiple, **extra))
+        assert len(model.wte.weight) == 50304
+        counts.append(model.num_parameters() - (model.compress_layer.weight.numel() if s is ours else 0))
+    assert counts == pytest.approx(parameters, rel=0.02) and abs(counts[0] / counts[1] - 1) < 0.03
+
+
 def test_flags_that_repeat_or_stand_alone():
     @dataclass(frozen=True)
     class Many:
@@ -1060,9 +1101,9 @@ def command(corpus, out, trained=None, **changes):
     return [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
-def launch(arguments, script="train.py", processes=1, wait=True):
+def launch(arguments, script="train.py", processes=1, wait=True, cwd=None):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else [sys.executable]
-    process = subprocess.Popen([*start, str(HERE / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    process = subprocess.Popen([*start, str(HERE / script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd,
                                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
     if wait:
         process.output = process.communicate(timeout=120)[0]
@@ -1254,6 +1295,38 @@ def test_a_student_learns_from_weights_of_other_codes(corpus, tmp_path, capsys):
     assert ckpt["identity"]["labels"]["teacher"] == fingerprint(teacher) and ckpt["config"]["n_concepts"] == 80
     with pytest.raises(ValueError, match="layer=7"):
         train_module.single(replace(base, sae_layer=7), World("cpu"))
+
+
+def test_public_teacher_and_sae_are_downloaded_once(origin, corpus, tmp_path, monkeypatch, capsys):
+    """--teacher gpt2 --sae openai, with small files of the same formats under the real addresses."""
+    teacher, at = CoCoMix(CoCoMixConfig(block_size=T, vocab_size=V, n_layer=7, n_head=1, n_embd=64, mix="none")), "/huggingface.co/openai-community/gpt2/resolve/main/model.safetensors"
+    write_safetensors(tmp_path / "model.safetensors", hf_names(teacher, ""))
+    torch.save({"pre_bias": torch.zeros(64), "encoder.weight": torch.randn(80, 64), "latent_bias": torch.zeros(80), "decoder.weight": torch.randn(64, 80),
+                "activation": "TopK", "activation_state_dict": {"k": 6}}, tmp_path / "5.pt")
+    origin.files[at] = (tmp_path / "model.safetensors").read_bytes()
+    origin.files["/openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/resid_post_mlp_v5_32k/autoencoders/5.pt"] = (tmp_path / "5.pt").read_bytes()
+    monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path / "cache"))
+    base = settings(corpus, tmp_path / "o", mode="cocomix", teacher="gpt2", sae="openai")
+    with pytest.raises(ValueError, match="SHA-256"):  # it is not the published file
+        train_module.single(base, World("cpu"))
+    monkeypatch.setattr(sae_module, "GPT2", (sae_module.GPT2[0], hashlib.sha256(origin.files[at]).hexdigest()))
+    train_module.single(base, World("cpu"))
+    assert "5.pt: " in capsys.readouterr().out and len(origin.asked) == 3 and base.sae_layer == 5
+    student = load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")
+    assert student["identity"]["labels"]["teacher"] == fingerprint(teacher) and student["identity"]["labels"]["layer"] == 5
+    assert fingerprint(sae_module.load_teacher("gpt2", World("cpu"))) == fingerprint(teacher) and len(origin.asked) == 3
+    sae_module.write_dictionary(sae_module.DescribeSettings(sae="openai", teacher="gpt2", data=str(corpus), tokens=20 * T, device="cpu"))
+    cocomix_main(monkeypatch, tmp_path / "o" / "ckpt.pt", "--prompt", "the", "--inspect")
+    assert "are ignored" in capsys.readouterr().out
+
+
+def test_a_data_set_known_by_name_is_made_by_one_process_while_the_others_wait(origin, tmp_path, monkeypatch):
+    origin.files["/raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"] = b"Speak the speech, I pray you. " * 3000
+    monkeypatch.setenv("COCOMIX_CACHE", str(tmp_path / "cache"))
+    done = launch(["--mode", "ntp", "--data", "data/shakespeare", "--out", str(tmp_path / "o"), "--steps", "2", "--eval-tokens", "256", "--device", "cpu"],
+                  processes=2, cwd=tmp_path)
+    assert done.returncode == 0 and len(origin.asked) == 1, done.output
+    assert json.loads((tmp_path / "data" / "shakespeare" / "meta.json").read_text())["tokenizer"] == "byte"
 
 
 def test_learning_rate_warms_up_from_above_zero_and_ends_at_its_minimum():
@@ -1494,6 +1567,146 @@ def test_models_without_concepts_and_wrong_dictionaries_are_refused(student, tra
     assert "62.5% are ignored" in capsys.readouterr().out
     done = launch(["describe", "--sae", str(trained / "sae" / "ckpt.pt")], "sae.py")
     assert done.returncode == 2 and "--teacher CKPT" in done.output
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+def run_eval(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv), "--device", "cpu"])
+    train_module.main()
+
+
+def test_the_whole_split_is_scored_once(corpus, trained, tmp_path, monkeypatch, capsys):
+    """Against a loop over every token: three shards, the last stretch of each shorter; and one process against two."""
+    text = np.concatenate([open_shard(p) for p in sorted(corpus.glob("*val*.bin"))])
+    write_meta = json.loads((corpus / "meta.json").read_text())
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps(write_meta))
+    shards = [text[:100], text[100:100 + T + 1], text[150:155]]
+    for i, shard in enumerate(shards):
+        write_shard(folder / f"val_{i}.bin", shard)
+    model = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model"))
+    total = []
+    for shard in shards:
+        for start in range(0, len(shard) - 1, T):
+            ids = torch.from_numpy(shard[start:start + T + 1].astype(np.int64))
+            total += (-F.log_softmax(model(ids[None, :-1]).logits[0], -1)[range(len(ids) - 1), ids[1:]]).tolist()
+    assert len(total) == sum(len(s) - 1 for s in shards)
+    ckpt = trained / "ntp" / "ckpt.pt"
+    run_eval(monkeypatch, "--eval", ckpt, "--data", folder, "--out", tmp_path / "e.json", "--batch-tokens", 3 * T)
+    val = json.loads((tmp_path / "e.json").read_text())[str(ckpt)]["val"]
+    assert val["tokens"] == len(total) and val["loss"] == pytest.approx(np.mean(total), rel=1e-5) and val["perplexity"] == pytest.approx(np.exp(np.mean(total)), rel=1e-5)
+    assert f"| val | loss | {val['loss']:.4f} |" in capsys.readouterr().out
+    done = launch(["--eval", f"{ckpt},{ckpt}", "--data", str(folder), "--out", str(tmp_path / "2.json"), "--device", "cpu"], processes=2)
+    assert done.returncode == 0, done.output
+    assert json.loads((tmp_path / "2.json").read_text())[str(ckpt)]["val"] == pytest.approx(val, rel=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
+def test_scores_are_those_of_one_pair_at_a_time(mix):
+    """Shared contexts, contexts of one token, continuations that push the context out of the block, equal lengths and not."""
+    model, ids = small(mix).eval(), tokens(9, 40).tolist()
+    pairs = [(ids[0][:7], ids[1][:3]), (ids[0][:7], ids[2][:5]), (ids[0][:7], ids[3][:1]), (ids[4][:1], ids[5][:2]), (ids[4][:1], ids[6][:2]),
+             (ids[5][:30], ids[7][:4]), (ids[6][:14], ids[8][:6]), (ids[6][:14], ids[8][:2]), (ids[7][:16], ids[8][:1]), (ids[7][:16], ids[0][:1]), (ids[8][:1], ids[0][:T])]
+    likely = model(torch.tensor([ids[2][:5]])).logits[0, -1].argmax().item()
+    pairs.append((ids[2][:5], [likely]))
+    got = train_module.score(model, pairs, train_module.EvalSettings("x", batch_tokens=40), World("cpu"))
+    for (context, continuation), (log_p, greedy) in zip(pairs, got, strict=True):
+        whole = (context + continuation)[-(T + 1):]
+        log_q = F.log_softmax(model(torch.tensor([whole[:-1]])).logits[0].detach(), -1)[-len(continuation):]
+        assert log_p == pytest.approx(sum(log_q[j, t].item() for j, t in enumerate(continuation)), abs=1e-4)
+        assert greedy == (log_q.argmax(-1).tolist() == continuation)
+    assert got[-1][1] and not got[0][1]
+
+
+@pytest.fixture
+def harness_tasks(tmp_path):
+    """A multiple-choice, a last-word and a rolling-perplexity task, and one that generates, on local files."""
+    rng, words = np.random.default_rng(0), "the cat saw a dog near old houses while it rained and nobody came back home".split()
+    text = [" ".join(rng.choice(words, n)) for n in (8, 12, 5, 30, 9, 40)]
+    def write(name, records, **task):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        lines = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}}, "test_split": "test", **task}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(lines))  # JSON is YAML
+    mean = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    write("my_choice", [{"q": t, "c": [" ".join(rng.choice(words, n)) for n in (1, 3, 2)], "a": i % 3} for i, t in enumerate(text)], output_type="multiple_choice",
+          doc_to_text="{{q}}", doc_to_choice="{{c}}", doc_to_target="{{a}}", metric_list=mean + [{"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}])
+    write("my_last_word", [{"text": t} for t in text], output_type="loglikelihood", doc_to_text="{{text.split(' ')[:-1]|join(' ')}}", doc_to_target="{{' '+text.split(' ')[-1]}}",
+          metric_list=mean + [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}])
+    write("my_rolling", [{"text": t} for t in text], output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="{{text}}",
+          metric_list=[{"metric": m} for m in ("word_perplexity", "byte_perplexity", "bits_per_byte")])
+    write("my_generation", [{"q": t, "a": "x"} for t in text], output_type="generate_until", doc_to_text="{{q}}", doc_to_target="{{a}}",
+          generation_kwargs={"until": ["e", "\n"], "max_gen_toks": 12, "do_sample": False},
+          metric_list=[{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}])
+    return tmp_path
+
+
+def test_the_harness_scores_our_models_as_its_own(harness_tasks, tmp_path, monkeypatch):
+    """One random GPT-2, loaded by us and by transformers, through lm-evaluation-harness: equal scores and equal texts."""
+    pytest.importorskip("lm_eval"), pytest.importorskip("accelerate")
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    torch.manual_seed(0)
+    block = 64
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=V, n_positions=block, n_embd=128, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256)).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.mul_(6.0)  # beyond its small initialisation, where all continuations are alike
+    theirs.save_pretrained(tmp_path / "gpt")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    chars = [chr(b) if chr(b) in alphabet and b < 256 else None for b in range(256)]
+    spare = iter(sorted(c for c in alphabet if ord(c) > 255))  # GPT-2's table: bytes without a printable form, in order
+    vocab = {c if c is not None else next(spare): b for b, c in enumerate(chars)}
+    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+    fast.pre_tokenizer, fast.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    hf_tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="<|endoftext|>", bos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    names = ["my_choice", "my_last_word", "my_rolling", "my_generation"]
+    manager = TaskManager(include_path=str(harness_tasks))
+    reference = HFLM(pretrained=theirs, tokenizer=hf_tokenizer, batch_size=2, max_length=block, device="cpu")
+    want = simple_evaluate(reference, tasks=names, task_manager=manager, bootstrap_iters=0)
+    assert hf_tokenizer.encode("a <|endoftext|>\n é") == get_tokenizer("byte").encode("a <|endoftext|>\n é", allowed_special="all")
+    model, encoding = load_hf(tmp_path / "gpt" / "model.safetensors", CoCoMixConfig(block_size=block, vocab_size=V, n_layer=2, n_head=2, n_embd=128, mix="none")), get_tokenizer("byte")
+    ours = train_module.harness_model(model.eval(), encoding, train_module.EvalSettings("x", batch_tokens=256), World("cpu"))
+    got = simple_evaluate(ours, tasks=names, task_manager=manager, bootstrap_iters=0)
+    for name in names:
+        a, b = got["samples"][name], want["samples"][name]
+        for x, y in zip(sorted(a, key=lambda s: s["doc_id"]), sorted(b, key=lambda s: s["doc_id"]), strict=True):
+            x, y = x["resps"], y["resps"]
+            if name == "my_generation":
+                assert x == y
+            else:
+                np.testing.assert_allclose(np.array(x, dtype=np.float64).ravel(), np.array(y, dtype=np.float64).ravel(), rtol=1e-4, atol=1e-3)
+        for key, value in want["results"][name].items():
+            if isinstance(value, float):
+                assert got["results"][name][key] == pytest.approx(value, rel=1e-4), (name, key)
+    assert want["results"]["my_last_word"]["perplexity,none"] > 2 * V ** 0.5
+    done = launch(["--eval", str(tmp_path / "gpt" / "model.safetensors"), "--tasks", ",".join(names[:3]), "--task_folder", str(harness_tasks), "--out", str(tmp_path / "e.json"),
+                   "--device", "cpu"], processes=2)
+    assert done.returncode == 0 and "| my_choice | acc_norm |" in done.output, done.output
+    for name, result in json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "gpt" / "model.safetensors")]["tasks"].items():
+        for key, value in result.items():
+            assert "stderr" in key or value == pytest.approx(want["results"][name][key + ",none"], rel=1e-4)
+
+
+def test_evaluation_refuses_what_it_cannot_do(corpus, trained, tmp_path, monkeypatch, harness_tasks):
+    ckpt = trained / "ntp" / "ckpt.pt"
+    numbered(tmp_path / "words", [400], vocab=500)
+    (tmp_path / "words" / "val_0.bin").write_bytes((tmp_path / "words" / "x_train_000000.bin").read_bytes())
+    torch.save({}, tmp_path / "odd.bin")
+    for argv, words in ((["--eval", trained / "ntp"], "is a folder: name the checkpoint file in it, .*ckpt.pt"), (["--eval", f"{ckpt},{tmp_path}/no.pt"], "no checkpoint file"),
+                        (["--eval", ckpt, "--data", tmp_path / "words"], "vocabulary of 500.*model one of 257"), (["--eval", tmp_path / "odd.bin"], "no GPT-2")):
+        with pytest.raises((ValueError, OSError), match=words):
+            run_eval(monkeypatch, *argv, "--out", tmp_path / "e.json")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="pip install lm-eval"):
+        run_eval(monkeypatch, "--eval", ckpt, "--tasks", "piqa", "--out", tmp_path / "e.json")
+    monkeypatch.undo()
+    pytest.importorskip("lm_eval")
+    with pytest.raises(ValueError, match="no task 'my_choise': did you mean my_choice"):
+        run_eval(monkeypatch, "--eval", ckpt, "--tasks", "my_choise", "--task_folder", harness_tasks, "--out", tmp_path / "e.json")
 
 
 # ---- on a GPU --------------------------------------------------------------------------------------------------------

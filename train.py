@@ -469,7 +469,7 @@ def single(settings, world):
 @dataclass(frozen=True)
 class EvalSettings:
     """Evaluate models: loss over the whole validation split, and zero-shot tasks. One table, and a JSON file."""
-    eval: str  # comma-separated checkpoints (train.py); gpt2 and a GPT-2's .safetensors or .bin, too
+    eval: str = ""  # comma-separated checkpoints (train.py); gpt2 and a GPT-2's .safetensors or .bin, too
     tasks: str = ""  # comma-separated tasks of EleutherAI's lm-evaluation-harness (pip install lm-eval); empty: none
     task_folder: str = ""  # folder with task definitions of your own, in the harness's YAML
     limit: int = 0  # documents of each task, for a quick look; 0: all
@@ -493,7 +493,7 @@ def whole_split_loss(model, windows, settings, world):
         for idx, targets in windows.whole(world.rank, world.size, max(1, settings.batch_tokens // T)):
             with world.autocast(settings.dtype):
                 loss = model(idx.to(world.device), targets.to(world.device)).ntp_loss
-            total += torch.tensor([loss.double().item() * targets.numel(), targets.numel()], dtype=torch.float64)
+            total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
             bar.update(targets.numel())
     loss_sum, count = world.sum(total).tolist()
     return {"loss": loss_sum / count, "perplexity": math.exp(loss_sum / count), "tokens": int(count)}
@@ -507,38 +507,39 @@ def score(model, pairs, settings, world):
     Continuations of one context share its keys and values, in one batch, where context and continuation fit the block
     (where they do not, each sees a context cut differently on the left). The rest run in batches of similar length.
     Rows are padded on the right, which no earlier position sees."""
-    T, groups, jobs = model.config.block_size, {}, []
+    T, groups, alone, jobs, found = model.config.block_size, {}, [], [], {}  # a job: (tokens shared, numbers of its pairs)
     for i, (context, continuation) in enumerate(pairs):
-        if len(continuation) > T:
-            raise ValueError(f"a continuation of {len(continuation)} tokens does not fit the model's block of {T}")
+        if not 1 <= len(continuation) <= T or not context:
+            raise ValueError(f"a context of {len(context)} and a continuation of {len(continuation)} tokens: there must be some, "
+                             f"and the latter fit the model's block of {T}")
         groups.setdefault(tuple(context), []).append(i)
-    alone = []
     for context, members in groups.items():
         fits = len(context) + max(len(pairs[i][1]) for i in members) - 1 <= T
-        jobs, alone = (jobs + [members], alone) if fits and min(len(context), len(members)) > 1 else (jobs, alone + members)
+        if fits and len(context) > 1 and len(members) > 1:
+            jobs.append((len(context) - 1, members))
+        else:
+            alone += members
     alone.sort(key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     while alone:
         rows = max(1, settings.batch_tokens // min(T, sum(map(len, pairs[alone[0]]))))
-        jobs, alone = jobs + [alone[:rows]], alone[rows:]
-    found = {}
+        jobs.append((0, alone[:rows]))
+        alone = alone[rows:]
     with world.bar(len(pairs) // world.size, "score") as bar:
-        for members in jobs[world.rank::world.size]:
-            contexts, continuations = zip(*(pairs[i] for i in members))
-            shared = contexts[0][:-1] if len(members) > 1 and all(c == contexts[0] for c in contexts) and (
-                len(contexts[0]) + max(map(len, continuations)) - 1 <= T) else []
-            ids = [(c + k)[-(T + 1):][len(shared):] for c, k in zip(contexts, continuations)]
-            idx = torch.zeros(len(ids), max(map(len, ids)) - 1, dtype=torch.int64)
-            for row, tokens in zip(idx, ids):
-                row[:len(tokens) - 1] = torch.tensor(tokens[:-1])
+        for shared, members in jobs[world.rank::world.size]:
+            whole = [(list(context) + list(continuation))[-(T + 1):] for context, continuation in (pairs[i] for i in members)]
+            rows = torch.zeros(len(whole), max(map(len, whole)) - 1, dtype=torch.int64)
+            for row, ids in zip(rows, whole):
+                row[:len(ids) - 1] = torch.tensor(ids[:-1])
+            rows, cache = rows.to(world.device), model.new_cache() if shared else None
             with world.autocast(settings.dtype):
-                cache = model.new_cache()
                 if shared:
-                    model(torch.tensor([shared], device=world.device), cache=cache)
-                    cache["past"] = [[t.expand(len(ids), *t.shape[1:]) for t in past] for past in cache["past"]]
-                logits = model(idx.to(world.device), cache=cache if shared else None).logits
-            for i, row, tokens, continuation in zip(members, logits, ids, continuations):
-                targets = torch.tensor(continuation, device=world.device)
-                row = row[len(tokens) - 1 - len(continuation):len(tokens) - 1].float()  # (continuation,V)
+                    model(rows[:1, :shared], cache=cache)
+                    cache["past"] = [[t.expand(len(rows), *t.shape[1:]) for t in past] for past in cache["past"]]
+                logits = model(rows[:, shared:], cache=cache).logits
+            for i, row, ids in zip(members, logits, whole):
+                targets = torch.tensor(pairs[i][1], device=world.device)
+                end = len(ids) - 1 - shared
+                row = row[end - len(targets):end].float()  # (continuation,V)
                 log_p = F.log_softmax(row, -1).gather(-1, targets[:, None]).sum()
                 found[i] = log_p.item(), bool((row.argmax(-1) == targets).all())
             bar.update(len(members))
@@ -608,10 +609,10 @@ def run_tasks(model, encoding, settings, world):
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}" + f": did you mean {', '.join(near)}?" * bool(near))
-    results = simple_evaluate(harness, tasks=names, task_manager=manager, limit=settings.limit or None, bootstrap_iters=1000,
-                              log_samples=False)["results"]
+    done = simple_evaluate(harness, tasks=names, task_manager=manager, limit=settings.limit or None, bootstrap_iters=1000,
+                           log_samples=False) or {"results": {}}  # it gives one process of a node the results
     return {task: {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, float)}
-            for task, result in results.items()}
+            for task, result in done["results"].items()}
 
 
 def evaluate_models(settings, world):
