@@ -3,19 +3,22 @@
     python data.py pystdlib                            # the Python standard library's sources -> data/pystdlib
     python data.py notes.txt --tokenizer gpt2          # one text file -> data/notes
     python data.py ~/books --out data/books            # a folder of text files; a file is a document
+    python data.py openwebtext                         # public text, downloaded: openwebtext, fineweb (as tokens),
+    python data.py fineweb --shards 10                 # fineweb100B, shakespeare
 
-Text is read in pieces and written as it is tokenised: memory stays at a few MB whatever the size. A data set is
+Text is read in pieces and written as it is tokenised: memory stays bounded whatever the size. A data set is
 a folder of shards train_000000.bin, val_000000.bin, ... in llm.c's format (256 int32: 20240520, 1, number of
 tokens; then uint16 tokens) with a meta.json (tokenizer, vocabulary, source). nanoGPT's headerless train.bin and
 val.bin are read too.
 
-In this order: settings with a generated command line (`parse`), atomic files and checkpoints, tokenizers, text
-to shards (`prepare`), shards to batches (`Windows`), processes and devices (`World`).
+In this order: settings with a generated command line (`parse`), atomic files and checkpoints, tokenizers,
+downloads (`fetch`), text to shards (`prepare`), shards to batches (`Windows`), processes and devices (`World`).
 Dimensions: B batch, T tokens of a block.
 """
 import argparse
 import collections
 import difflib
+import errno
 import hashlib
 import http.client
 import inspect
@@ -27,7 +30,6 @@ import math
 import os
 import re
 import signal
-import ssl
 import sys
 import sysconfig
 import tarfile
@@ -136,7 +138,7 @@ def writing(path):
         yield
     except OSError as e:
         raise OSError(f"could not write {path} ({e}); what stood there before is untouched. "
-                      "Free some space, or name a folder that can be written with --out") from e
+                      "Free some space, or name a folder that can be written (--out; COCOMIX_CACHE for the cache)") from e
 
 
 @contextmanager
@@ -164,9 +166,9 @@ def save_checkpoint(path, kind, **parts):
         os.fsync(f.fileno())
 
 
-def load_checkpoint(path, kind, map_location="cpu"):
-    """The dict that `save_checkpoint` wrote. FileNotFoundError if it is missing, ValueError if it is damaged, not
-    of this project, or of another kind."""
+def load_checkpoint(path, kind, map_location="cpu", mmap=False):
+    """The dict that `save_checkpoint` wrote; with `mmap` tensors are read when they are used. FileNotFoundError if it is
+    missing, ValueError if it is damaged, not of this project, or of another kind."""
     path = Path(path)
     make = {"model": "python train.py --mode ntp", "sae": "python sae.py --teacher CKPT"}[kind]
     if path.is_dir():
@@ -174,7 +176,7 @@ def load_checkpoint(path, kind, map_location="cpu"):
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file {path}: make one with `{make} --out {path.parent}`")
     try:
-        ckpt = torch.load(path, map_location=map_location, weights_only=True)
+        ckpt = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except Exception as e:  # torch raises seven kinds, from EOFError to UnpicklingError
         raise ValueError(f"{path} is damaged or no checkpoint ({type(e).__name__}): take another copy, or make it "
                          f"again with `{make}`") from e
@@ -239,6 +241,8 @@ def fetch(url, path, sha256=None, attempts=6, wait=1.0):
     path, mirror = Path(path), os.environ.get("COCOMIX_MIRROR")
     if path.exists():
         return path
+    if mirror and "://" not in mirror:
+        raise ValueError(f"COCOMIX_MIRROR={mirror} is no address: write it as http://host/base")
     address = f"{mirror.rstrip('/')}/{url.split('://', 1)[1]}" if mirror else url
     part, tag = path.with_name(path.name + ".part"), path.with_name(path.name + ".part.tag")
     by_hand = f"or download {address} by hand and put it at {path}"
@@ -261,7 +265,7 @@ def fetch(url, path, sha256=None, attempts=6, wait=1.0):
                         f.write(block)
                         have += len(block)
                         bar.update(len(block))
-            if total in (0, have):
+            if have and total in (0, have):
                 break
             problem = f"the connection was dropped at {have:,} of {total:,} bytes"
         except urllib.error.HTTPError as e:
@@ -273,10 +277,10 @@ def fetch(url, path, sha256=None, attempts=6, wait=1.0):
                 part.unlink()
             elif e.code < 500 and e.code not in (408, 425, 429):
                 raise FileNotFoundError(f"{address} is not to be had ({e}): check the address and COCOMIX_MIRROR, {by_hand}") from e
-        except (urllib.error.URLError, ConnectionError, TimeoutError, ssl.SSLError, http.client.HTTPException) as e:
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+                raise OSError(f"could not write {part} ({e}): free some space; the same command goes on from there") from e
             problem = f"the connection failed ({getattr(e, 'reason', e)!r})"
-        except OSError as e:
-            raise OSError(f"could not write {part} ({e}): free some space; the same command goes on from there") from e
         failures, furthest = 0 if have > furthest else failures + 1, max(have, furthest)
         if failures >= attempts:
             raise OSError(f"{address}: {problem}, {failures} times without progress. Check the network and run the same "
@@ -306,7 +310,7 @@ SOURCES = {  # name: address, number of files, tokenizer, share of the documents
     "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", 1, "byte", 0.1),
     "pystdlib": ("", 1, "byte", 0.05),
 }
-SHA256 = {"fineweb_val_000000.bin": "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640"}
+SHA256 = {SOURCES["fineweb"][0].format("val", 0): "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640"}
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,7 @@ class DataSettings:
         for name, default in (("tokenizer", tokenizer), ("val_fraction", share), ("shards", files)):
             if getattr(self, name) in ("auto", 0):
                 object.__setattr__(self, name, default)
-        if self.source.startswith("fineweb"):
+        if self.source in ("fineweb", "fineweb100B"):
             if (self.tokenizer, self.val_fraction) != ("gpt2", 0):
                 raise ValueError(f"{self.source} is made of GPT-2 tokens and split already: leave out --tokenizer, --val_fraction")
         elif not 0 < self.val_fraction < 1:
@@ -513,17 +517,18 @@ def tokenise(pieces, encoding, writers, bar, ahead=1 << 23):
 
 
 def write_shards(jobs, out, settings, state, size, quiet):
-    """Tokenise the pieces of text that each of `jobs` () gives and write their shards to folder `out`, so that whole
-    jobs survive an interruption. Returns {train_tokens, val_tokens, text_bytes, seconds}."""
+    """Tokenise the pieces of text that each of `jobs` () gives, with a file to remove after it (or None), and write their
+    shards to folder `out`, so that whole jobs survive an interruption. Returns {train_tokens, val_tokens, text_bytes, seconds}."""
     progress, encoding = out / "progress.json", get_tokenizer(settings.tokenizer)
-    done = read_json(progress, state)
+    done = read_json(progress)
+    done = done if done.get("settings") == state else {}
     writers = {split: ShardWriter(out, split, settings.shard_tokens, *done.get(split, ())) for split in ("train", "val")}
     begin, text_bytes, seconds = done.get("jobs", 0), done.get("text_bytes", 0), done.get("seconds", 0.0)
     try:
         for writer in writers.values():
             writer.drop()
         for number in range(begin, len(jobs)):
-            pieces, start = jobs[number](), time.perf_counter()  # a job downloads first
+            (pieces, used), start = jobs[number](), time.perf_counter()  # a job downloads first
             name = "tokenise" + f" {number + 1}/{len(jobs)}" * (len(jobs) > 1)
             with writing(out), tqdm(total=size or None, unit="B", unit_scale=True, desc=f"{name:<18}", disable=quiet) as bar:
                 out.mkdir(parents=True, exist_ok=True)
@@ -532,6 +537,8 @@ def write_shards(jobs, out, settings, state, size, quiet):
                 with atomic(progress) as tmp:
                     tmp.write_text(json.dumps({**{split: writer.keep() for split, writer in writers.items()}, "jobs": number + 1,
                                                "text_bytes": text_bytes, "seconds": seconds, "settings": state}))
+                if used:
+                    used.unlink()  # 600 MB each
     finally:
         for writer in writers.values():
             writer.drop()
@@ -549,11 +556,25 @@ def write_shards(jobs, out, settings, state, size, quiet):
     return {**counts, "text_bytes": text_bytes, "seconds": round(seconds, 3)}
 
 
-def read_json(path, settings):
-    """The dict in file `path` if it was made with these settings, else {}; damaged ones do not count."""
-    with suppress(ValueError, OSError, KeyError, TypeError):
+def download_tokens(settings, out):
+    """FineWeb's shards, as they are, into folder `out`: {train_tokens, val_tokens}."""
+    counts, address = {"train_tokens": 0, "val_tokens": 0}, SOURCES[settings.source][0]
+    for number, split in enumerate(["val"] + ["train"] * settings.shards):
+        url = address.format(split, number)
+        path = fetch(url, out / url.rsplit("/", 1)[1], SHA256.get(url))
+        try:
+            counts[f"{split}_tokens"] += len(open_shard(path))
+        except ValueError:
+            path.unlink()  # or it would stand in the way of a good one
+            raise
+    return counts
+
+
+def read_json(path):
+    """The dict in a JSON file; {} if it is missing or damaged."""
+    with suppress(ValueError, OSError):
         content = json.loads(path.read_text())
-        return content if content["settings"] == settings else {}
+        return content if isinstance(content, dict) else {}
     return {}
 
 
@@ -563,50 +584,58 @@ def prepare(settings, quiet=False):
 
     FileNotFoundError for a missing source; ValueError for one too short to split, or a folder whose shards are not
     ours to replace; OSError when a download or writing fails: what stood there before stays."""
-    source, address = settings.source, SOURCES.get(settings.source, ("",))[0]
-    path = Path(source).expanduser().resolve()
+    source, path = settings.source, Path(settings.source).expanduser().resolve()
     out = Path(settings.out or Path("data") / (source if source in SOURCES else path.stem if path.is_file() else path.name))
-    state, size, fineweb = {**asdict(settings), "out": ""}, 0, source.startswith("fineweb") and address
-
-    def archive(number):
-        path = fetch(address.format(number), out / f"urlsf_subset{number:02d}.tar")
-
-        def pieces():
-            yield from split_openwebtext(path, settings.val_fraction)
-            path.unlink()  # 600 MB each
-        return pieces()
-    if source == "openwebtext":
+    state, size, ours = {**asdict(settings), "out": ""}, 0, re.compile(r"(train|val)_\d{6}\.bin")
+    if source in ("fineweb", "fineweb100B"):
+        ours = re.compile(r"fineweb_(train|val)_(\d{6})\.bin")
+    elif source == "openwebtext":
+        def archive(number):
+            tar = fetch(SOURCES[source][0].format(number), out / f"urlsf_subset{number:02d}.tar")
+            return split_openwebtext(tar, settings.val_fraction), tar
         jobs = [partial(archive, number) for number in range(settings.shards)]
-    elif not fineweb:
+    else:
         root, paths = text_files(source)
-        size, jobs = sum(p.stat().st_size for p in paths), [lambda: split_files(root, paths, settings)]
+        size, jobs = sum(p.stat().st_size for p in paths), [lambda: (split_files(root, paths, settings), None)]
         if size == 0:
             raise ValueError(f"{source!r} holds no text: give a file or folder with text in it")
         state |= {"files": len(paths), "bytes": size, "newest": max(int(p.stat().st_mtime) for p in paths)}
-    if read_json(out / "meta.json", state):
+        state["source"] = source if source in SOURCES else str(path)
+    present, begun = read_json(out / "meta.json").get("settings"), read_json(out / "progress.json").get("settings")
+    if present == state:
         if not quiet:
             print(f"data: {out} reused, made with these settings")
         return out
-    wanted = {f"fineweb_{split}_{i:06d}.bin": (split, i) for i, split in enumerate(["val"] + ["train"] * settings.shards)}
-    ours = wanted.__contains__ if fineweb else re.compile(r"(train|val)_\d{6}\.bin").fullmatch
-    shards = [p.name for p in out.glob("*.bin")]
-    known = fineweb or (out / "meta.json").is_file() or read_json(out / "progress.json", state)
-    if shards and not (known and all(map(ours, shards))):
-        raise ValueError(f"{out} holds shards that this command did not write: name another folder with --out")
-    if fineweb:
-        found = [open_shard(fetch(address.format(*which), out / name, SHA256.get(name))) for name, which in wanted.items()]
-        counts = {"train_tokens": sum(map(len, found[1:])), "val_tokens": len(found[0])}
+    strangers = [p.name for p in out.glob("*.bin") if not ours.fullmatch(p.name)]
+    known = (present or begun or {}).get("source")
+    if strangers or any(out.glob("*.bin")) and known != state["source"]:
+        raise ValueError(f"{out} holds shards {f'of {known}' if known else 'that this command did not write'}"
+                         f"{f' ({strangers[0]})' if strangers else ''}: name another folder with data.py --out, or delete it")
+    if source in ("fineweb", "fineweb100B"):
+        if any(int(ours.fullmatch(p.name)[2]) > settings.shards for p in out.glob("*.bin")):
+            raise ValueError(f"{out} holds more than --shards {settings.shards}: ask for as many, or name another folder with --out")
+        with atomic(out / "progress.json") as tmp:  # says that more is to come
+            tmp.write_text(json.dumps({"settings": state}))
+        counts, speed = download_tokens(settings, out), ""
     else:
         counts = write_shards(jobs, out, settings, state, size, quiet)
+        speed = f", {counts['text_bytes'] / 1e6 / counts['seconds']:.1f} MB/s"
     with atomic(out / "meta.json") as tmp:
         tmp.write_text(json.dumps({"tokenizer": settings.tokenizer, "vocab_size": VOCABULARIES[settings.tokenizer], **counts,
                                    "settings": state}, indent=1) + "\n")
     (out / "progress.json").unlink(missing_ok=True)
     if not quiet:
-        speed = "" if fineweb else f", {counts['text_bytes'] / 1e6 / counts['seconds']:.1f} MB/s"
         print(f"data: {out}, {counts['train_tokens']:,} training and {counts['val_tokens']:,} validation tokens "
               f"({settings.tokenizer}{speed})")
     return out
+
+
+def make_if_known(folder, quiet=False):
+    """Make data/NAME for a NAME in SOURCES unless it is there: whole shards, of whoever made them."""
+    folder = Path(folder)
+    if folder.parent == Path("data") and folder.name in SOURCES:
+        if not any(folder.glob("*.bin")) or (folder / "progress.json").exists():
+            prepare(DataSettings(folder.name), quiet)
 
 
 # ---- shards to batches -------------------------------------------------------------------------------------
@@ -809,9 +838,9 @@ class World:
         if self.main:
             tqdm.write(text)
 
-    def bar(self, total, name, initial=0):
-        """A progress bar of steps on rank 0; lines in a file where there is no terminal, a few a minute."""
-        return tqdm(total=total, desc=f"{name:<18}", initial=initial, unit="step", disable=not self.main,
+    def bar(self, total, name, initial=0, unit="step"):
+        """A progress bar on rank 0; lines in a file where there is no terminal, a few a minute."""
+        return tqdm(total=total, desc=f"{name:<18}", initial=initial, unit=unit, disable=not self.main,
                     dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 10)
 
 

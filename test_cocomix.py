@@ -711,6 +711,9 @@ def test_prepare_leaves_what_is_not_its_own_and_keeps_the_old_when_it_fails(tmp_
     with pytest.raises(ValueError, match="did not write"):
         prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path)), quiet=True)
     out = prepare(DataSettings(str(tmp_path / "t.txt"), str(tmp_path / "o")), quiet=True)
+    (tmp_path / "u.txt").write_text("other words " * 500)
+    with pytest.raises(ValueError, match="t.txt: name another folder"):
+        prepare(DataSettings(str(tmp_path / "u.txt"), str(tmp_path / "o")), quiet=True)
     before = (out / "train_000000.bin").read_bytes()
     (tmp_path / "t.txt").write_text("ab")
     with pytest.raises(ValueError, match="too short"):
@@ -841,6 +844,13 @@ def test_failed_downloads_say_why_and_leave_no_file(origin, tmp_path, monkeypatc
     monkeypatch.setenv("COCOMIX_MIRROR", "http://127.0.0.1:9/closed")
     with pytest.raises(OSError, match="127.0.0.1:9/closed/host.org.*connection failed.*2 times without progress"):
         fetch(URL, tmp_path / "b.bin", attempts=2, wait=0.01)
+    monkeypatch.setenv("COCOMIX_MIRROR", "host/base")
+    with pytest.raises(ValueError, match="write it as http"):
+        fetch(URL, tmp_path / "b.bin")
+    monkeypatch.setenv("COCOMIX_MIRROR", origin.base)
+    origin.files["/host.org/a/empty"] = b""
+    with pytest.raises(OSError, match="0 of 0 bytes"):
+        fetch("https://host.org/a/empty", tmp_path / "b.bin", attempts=1)
     monkeypatch.delenv("COCOMIX_MIRROR")
     with pytest.raises(OSError, match="nowhere.invalid.*Check the network"):
         fetch("http://nowhere.invalid/x", tmp_path / "b.bin", attempts=1)
@@ -895,6 +905,12 @@ def test_openwebtext_is_split_by_document_hash_and_goes_on_after_whole_archives(
         want["val" if held_out else "train"] += text.encode() + b"|"
     made = DataSettings("openwebtext", str(tmp_path / "o"), val_fraction=0.2, shards=2, shard_tokens=1500)
     origin.files[base % 1] = whole[:700]  # damaged
+    keep = data_module.ShardWriter.keep
+    monkeypatch.setattr(data_module.ShardWriter, "keep", lambda self: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        prepare(made, quiet=True)
+    assert (tmp_path / "o" / "urlsf_subset00.tar").exists()  # not removed before its tokens are kept
+    monkeypatch.setattr(data_module.ShardWriter, "keep", keep)
     with pytest.raises(ValueError, match="subset01.tar is damaged"):
         prepare(made, quiet=True)
     assert not list((tmp_path / "o").glob("*.bin")) and not (tmp_path / "o" / "urlsf_subset00.tar").exists()
@@ -919,15 +935,24 @@ def test_fineweb_shards_are_downloaded_as_they_are(origin, tmp_path, monkeypatch
     monkeypatch.setattr(data_module, "get_tokenizer", None)  # tokens need no tokenizer
     with pytest.raises(ValueError, match="SHA-256"):  # the published validation shard is another one
         prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=2), quiet=True)
-    monkeypatch.setattr(data_module, "SHA256", {"fineweb_val_000000.bin": hashlib.sha256(origin.files[base + "fineweb_val_000000.bin"]).hexdigest()})
+    monkeypatch.setattr(data_module, "SHA256", {"https:/" + base + "fineweb_val_000000.bin": hashlib.sha256(origin.files[base + "fineweb_val_000000.bin"]).hexdigest()})
     out = prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=1), quiet=True)
     origin.asked.clear()
     prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=2), quiet=True)  # more of them: only the new one comes
     assert [path[-8:] for path, _ in origin.asked] == ["0002.bin"]
     data, val = Windows(out, "train", 9), Windows(out, "val", 9)
     assert len(data) == 10 and data.window(5)[0] == 200 and val.window(0)[0] == 0 and data.meta["vocab_size"] == 50257
-    with pytest.raises(ValueError, match="did not write"):  # fewer: the second would still be read
-        prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=1), quiet=True)
+    for other, words in ((DataSettings("fineweb", str(tmp_path / "o"), shards=1), "more than --shards 1"),  # the second would still be read
+                         (DataSettings("fineweb100B", str(tmp_path / "o"), shards=2), "shards of fineweb:")):  # its files have the same names
+        with pytest.raises(ValueError, match=words):
+            prepare(other, quiet=True)
+    third = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_train_000003.bin"
+    origin.files[third] = b"<html>sorry</html>" * 100  # a server's excuse does not stay as a shard
+    with pytest.raises(ValueError, match="no token shard"):
+        prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=3), quiet=True)
+    origin.files[third] = origin.files[base + "fineweb_train_000002.bin"]
+    assert len(Windows(prepare(DataSettings("fineweb", str(tmp_path / "o"), shards=3), quiet=True), "train", 9)) == 15
+    assert DataSettings("fineweb_sample.txt").tokenizer == "byte"  # a file of such a name is a file
     for wrong, words in ((dict(tokenizer="byte"), "GPT-2 tokens"), (dict(shards=104), "between 1 and 103")):
         with pytest.raises(ValueError, match=words):
             DataSettings("fineweb", **wrong)
@@ -1294,7 +1319,7 @@ def test_a_student_learns_from_weights_of_other_codes(corpus, tmp_path, capsys):
     ckpt = load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")
     assert ckpt["identity"]["labels"]["teacher"] == fingerprint(teacher) and ckpt["config"]["n_concepts"] == 80
     with pytest.raises(ValueError, match="layer=7"):
-        train_module.single(replace(base, sae_layer=7), World("cpu"))
+        train_module.single(replace(base, sae_layer=7, out=str(tmp_path / "p")), World("cpu"))
 
 
 def test_public_teacher_and_sae_are_downloaded_once(origin, corpus, tmp_path, monkeypatch, capsys):
@@ -1595,11 +1620,11 @@ def test_the_whole_split_is_scored_once(corpus, trained, tmp_path, monkeypatch, 
     ckpt = trained / "ntp" / "ckpt.pt"
     run_eval(monkeypatch, "--eval", ckpt, "--data", folder, "--out", tmp_path / "e.json", "--batch-tokens", 3 * T)
     val = json.loads((tmp_path / "e.json").read_text())[str(ckpt)]["val"]
-    assert val["tokens"] == len(total) and val["loss"] == pytest.approx(np.mean(total), rel=1e-5) and val["perplexity"] == pytest.approx(np.exp(np.mean(total)), rel=1e-5)
-    assert f"| val | loss | {val['loss']:.4f} |" in capsys.readouterr().out
+    assert val["loss"][0] == pytest.approx(np.mean(total), rel=1e-5) and val["perplexity"][0] == pytest.approx(np.exp(np.mean(total)), rel=1e-5)
+    assert f"| val | loss | {val['loss'][0]:.4f} |" in capsys.readouterr().out
     done = launch(["--eval", f"{ckpt},{ckpt}", "--data", str(folder), "--out", str(tmp_path / "2.json"), "--device", "cpu"], processes=2)
     assert done.returncode == 0, done.output
-    assert json.loads((tmp_path / "2.json").read_text())[str(ckpt)]["val"] == pytest.approx(val, rel=1e-5)
+    assert json.loads((tmp_path / "2.json").read_text())[str(ckpt)]["val"]["loss"][0] == pytest.approx(val["loss"][0], rel=1e-5)
 
 
 @pytest.mark.parametrize("mix", ["none", "pause", "concept"])
@@ -1610,7 +1635,10 @@ def test_scores_are_those_of_one_pair_at_a_time(mix):
              (ids[5][:30], ids[7][:4]), (ids[6][:14], ids[8][:6]), (ids[6][:14], ids[8][:2]), (ids[7][:16], ids[8][:1]), (ids[7][:16], ids[0][:1]), (ids[8][:1], ids[0][:T])]
     likely = model(torch.tensor([ids[2][:5]])).logits[0, -1].argmax().item()
     pairs.append((ids[2][:5], [likely]))
-    got = train_module.score(model, pairs, train_module.EvalSettings("x", batch_tokens=40), World("cpu"))
+    assert max(len(c) for c, _ in pairs[:3]) * 3 > 20  # the first three share a context, and not all of them a pass
+    got = train_module.score(model, pairs, train_module.EvalSettings("x", batch_tokens=20), World("cpu"))
+    roomy = train_module.score(model, pairs, train_module.EvalSettings("x", batch_tokens=1000), World("cpu"))
+    assert [g for _, g in got] == [g for _, g in roomy] and [p for p, _ in got] == pytest.approx([p for p, _ in roomy], abs=1e-4)
     for (context, continuation), (log_p, greedy) in zip(pairs, got, strict=True):
         whole = (context + continuation)[-(T + 1):]
         log_q = F.log_softmax(model(torch.tensor([whole[:-1]])).logits[0].detach(), -1)[-len(continuation):]
@@ -1666,11 +1694,11 @@ def test_the_harness_scores_our_models_as_its_own(harness_tasks, tmp_path, monke
     names = ["my_choice", "my_last_word", "my_rolling", "my_generation"]
     manager = TaskManager(include_path=str(harness_tasks))
     reference = HFLM(pretrained=theirs, tokenizer=hf_tokenizer, batch_size=2, max_length=block, device="cpu")
-    want = simple_evaluate(reference, tasks=names, task_manager=manager, bootstrap_iters=0)
+    want = simple_evaluate(reference, tasks=names, task_manager=manager, bootstrap_iters=10)
     assert hf_tokenizer.encode("a <|endoftext|>\n é") == get_tokenizer("byte").encode("a <|endoftext|>\n é", allowed_special="all")
     model, encoding = load_hf(tmp_path / "gpt" / "model.safetensors", CoCoMixConfig(block_size=block, vocab_size=V, n_layer=2, n_head=2, n_embd=128, mix="none")), get_tokenizer("byte")
     ours = train_module.harness_model(model.eval(), encoding, train_module.EvalSettings("x", batch_tokens=256), World("cpu"))
-    got = simple_evaluate(ours, tasks=names, task_manager=manager, bootstrap_iters=0)
+    got = simple_evaluate(ours, tasks=names, task_manager=manager, bootstrap_iters=10)
     for name in names:
         a, b = got["samples"][name], want["samples"][name]
         for x, y in zip(sorted(a, key=lambda s: s["doc_id"]), sorted(b, key=lambda s: s["doc_id"]), strict=True):
@@ -1687,8 +1715,8 @@ def test_the_harness_scores_our_models_as_its_own(harness_tasks, tmp_path, monke
                    "--device", "cpu"], processes=2)
     assert done.returncode == 0 and "| my_choice | acc_norm |" in done.output, done.output
     for name, result in json.loads((tmp_path / "e.json").read_text())[str(tmp_path / "gpt" / "model.safetensors")]["tasks"].items():
-        for key, value in result.items():
-            assert "stderr" in key or value == pytest.approx(want["results"][name][key + ",none"], rel=1e-4)
+        assert result and all(value == pytest.approx(want["results"][name][key + ",none"], rel=1e-4) for key, (value, _) in result.items())
+        assert name != "my_choice" or result["acc"][1] == pytest.approx(want["results"][name]["acc_stderr,none"], rel=1e-4)
 
 
 def test_evaluation_refuses_what_it_cannot_do(corpus, trained, tmp_path, monkeypatch, harness_tasks):
@@ -1704,6 +1732,8 @@ def test_evaluation_refuses_what_it_cannot_do(corpus, trained, tmp_path, monkeyp
     with pytest.raises(ValueError, match="pip install lm-eval"):
         run_eval(monkeypatch, "--eval", ckpt, "--tasks", "piqa", "--out", tmp_path / "e.json")
     monkeypatch.undo()
+    table = train_module.results_table({"a": {"val": {"loss": [2.5, None]}}, "b": {"tasks": {"t": {"acc": [0.25, 0.125], "f1 strict": [0.5, None]}}}})
+    assert table.splitlines()[2:] == ["| val | loss | 2.5000 | - |", "| t | acc | - | 0.2500 ± 0.1250 |", "| t | f1 strict | - | 0.5000 |"]
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="no task 'my_choise': did you mean my_choice"):
         run_eval(monkeypatch, "--eval", ckpt, "--tasks", "my_choise", "--task_folder", harness_tasks, "--out", tmp_path / "e.json")

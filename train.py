@@ -6,6 +6,9 @@
     python sae.py --teacher out/my_teacher/ckpt.pt --layer 1 --out out/my_sae          # its SAE
     python train.py --mode cocomix --teacher out/my_teacher/ckpt.pt --sae out/my_sae/ckpt.pt --out out/my_student
 
+    torchrun --nproc_per_node=8 train.py --preset 69m                                  # the paper: also 386m, 1.4b
+    python train.py --eval out/tiny/ntp/ckpt.pt,out/tiny/cocomix/ckpt.pt               # compare finished models
+
     torchrun --nproc_per_node=8 train.py ...                                           # the 8 GPUs of a node
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py ...  # node 0
     torchrun --nnodes=2 --node_rank=1 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py ...  # node 1
@@ -27,10 +30,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from cocomix import CoCoMix, CoCoMixConfig
-from data import (SOURCES, VOCABULARIES, DataSettings, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, parse, prepare,
-                  run, save_checkpoint)
+from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
+                  parse, read_json, run, save_checkpoint)
 from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, load_sae, load_teacher,
                  sae_identity, train_sae)
 
@@ -59,7 +63,8 @@ MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report."""
+    """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To evaluate finished models:
+    train.py --eval CKPT[,CKPT...] --help"""
     mode: Literal["all", "ntp", "pause", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline
     data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
@@ -131,7 +136,8 @@ class TrainSettings:
             raise ValueError("--mode cocomix needs --teacher CKPT (from train.py --mode ntp) and --sae CKPT (from "
                              "sae.py); --mode all makes both")
         if self.mode != "cocomix" and (self.teacher or self.sae):
-            raise ValueError(f"--mode {self.mode} takes no --teacher or --sae: leave them out, or take --mode cocomix")
+            raise ValueError(f"--mode {self.mode} takes no --teacher or --sae (the presets 69m, 386m and 1.4b have them): leave them "
+                             "out, or take --mode cocomix")
 
 
 # What makes a run what it is, beside model, data and labels.
@@ -171,6 +177,18 @@ def peak_flops(device):
              "4090": 165e12, "3090": 71e12}
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     return next((flops for key, flops in table.items() if key in name), None)
+
+
+def rows_and_passes(settings, world):
+    """(rows, accumulation): a step is `accumulation` passes of `rows` rows on each process. ValueError if it cannot be."""
+    T = settings.block_size
+    rows = settings.micro_batch or max(1, settings.batch_tokens // (T * world.size))
+    accumulation, left = divmod(settings.batch_tokens, T * rows * world.size)
+    if left or not accumulation:
+        raise ValueError(f"--batch_tokens {settings.batch_tokens} does not divide into {world.size} processes x {rows} "
+                         f"rows x {T} tokens: take {max(1, accumulation) * T * rows * world.size}, or another "
+                         "--micro_batch")
+    return rows, accumulation
 
 
 @torch.no_grad()
@@ -218,13 +236,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
     `labeler` (sae.Labeler) makes the labels of mode cocomix. With `resume` the run goes on from out/ckpt.pt.
     ValueError for settings that do not fit data, processes, teacher or checkpoint; FloatingPointError when loss
     or gradient are not finite: the last good checkpoint stays."""
-    T, out = settings.block_size, Path(settings.out)
-    rows = settings.micro_batch or max(1, settings.batch_tokens // (T * world.size))
-    accumulation, left = divmod(settings.batch_tokens, T * rows * world.size)
-    if left or not accumulation:
-        raise ValueError(f"--batch_tokens {settings.batch_tokens} does not divide into {world.size} processes x {rows} "
-                         f"rows x {T} tokens: take {max(1, accumulation) * T * rows * world.size}, or another "
-                         "--micro_batch")
+    T, out, (rows, accumulation) = settings.block_size, Path(settings.out), rows_and_passes(settings, world)
     data, val = Windows(settings.data, "train", T, settings.seed), Windows(settings.data, "val", T)
     vocab_size = data.meta["vocab_size"]
     if labeler and labeler.teacher.config.vocab_size != vocab_size:
@@ -413,6 +425,7 @@ def sample(model, settings, world, n=200):
 def pipeline(settings, world):
     """Teacher (= NTP baseline) -> SAE -> CoCoMix as in the paper, CoCoMix residual -> report."""
     start, out = time.perf_counter(), Path(settings.out)
+    world.first(lambda: make_if_known(settings.data, quiet=not world.main))
     paths = {"teacher": str(out / "ntp" / "ckpt.pt"), "sae": str(out / "sae" / "ckpt.pt")}
     teacher, log = stage(replace(settings, mode="ntp", out=str(out / "ntp")), world, "NTP = teacher")
     teacher, logs = teacher.eval().requires_grad_(False), {"NTP": log}
@@ -444,6 +457,8 @@ def pipeline(settings, world):
 def single(settings, world):
     """One run of --mode ntp, pause or cocomix."""
     labeler = None
+    check_out(settings.out, settings.resume)
+    world.first(lambda: make_if_known(settings.data, quiet=not world.main))
     if settings.mode == "cocomix":
         teacher = load_teacher(settings.teacher, world)
         sae, layer, path = load_sae(settings, teacher, world)
@@ -457,7 +472,6 @@ def single(settings, world):
         world.print(f"SAE: fraction of variance unexplained {figures['fvu']:.3f} on training text"
                     + doubt.replace("\n", " ") * (figures["fvu"] > 0.5))
         labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
-    check_out(settings.out, settings.resume)
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
     end = [r for r in log if r.get("val_loss") is not None][-1]
     world.print(f"{settings.mode}: validation loss {end['val_loss']:.4f} after {end['tokens']:,} tokens; "
@@ -487,16 +501,16 @@ class EvalSettings:
 
 @torch.no_grad()
 def whole_split_loss(model, windows, settings, world):
-    """Mean next-token loss (nats) over all of `windows`' split, shared by all ranks."""
+    """Mean next-token loss (nats) over all of `windows`' split, and its exponential: {metric: [value, no standard error]}."""
     T, total = windows.block_size, torch.zeros(2, dtype=torch.float64)
-    with world.bar(sum(len(s) - 1 for s in windows.shards) // world.size, "val") as bar:
+    with world.bar(sum(len(s) - 1 for s in windows.shards) // world.size, "val", unit=" tokens") as bar:
         for idx, targets in windows.whole(world.rank, world.size, max(1, settings.batch_tokens // T)):
             with world.autocast(settings.dtype):
                 loss = model(idx.to(world.device), targets.to(world.device)).ntp_loss
             total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
             bar.update(targets.numel())
-    loss_sum, count = world.sum(total).tolist()
-    return {"loss": loss_sum / count, "perplexity": math.exp(loss_sum / count), "tokens": int(count)}
+    loss = (total := world.sum(total))[0].item() / total[1].item()
+    return {"loss": [loss, None], "perplexity": [math.exp(min(loss, 700)), None]}
 
 
 @torch.no_grad()
@@ -510,21 +524,25 @@ def score(model, pairs, settings, world):
     T, groups, alone, jobs, found = model.config.block_size, {}, [], [], {}  # a job: (tokens shared, numbers of its pairs)
     for i, (context, continuation) in enumerate(pairs):
         if not 1 <= len(continuation) <= T or not context:
-            raise ValueError(f"a context of {len(context)} and a continuation of {len(continuation)} tokens: there must be some, "
-                             f"and the latter fit the model's block of {T}")
+            raise ValueError(f"a text of {len(context)} tokens of context and {len(continuation)} to score: a model with blocks of {T} "
+                             f"scores 1 to {T} after at least 1; leave that task out")
         groups.setdefault(tuple(context), []).append(i)
+    def cut(shared, members):  # into passes of at most batch_tokens
+        longest = max(min(T, len(pairs[i][0]) + len(pairs[i][1])) for i in members)
+        rows = max(1, settings.batch_tokens // longest)
+        jobs.append((shared, members[:rows]))
+        return members[rows:]
     for context, members in groups.items():
         fits = len(context) + max(len(pairs[i][1]) for i in members) - 1 <= T
         if fits and len(context) > 1 and len(members) > 1:
-            jobs.append((len(context) - 1, members))
+            while members:
+                members = cut(len(context) - 1, members)
         else:
             alone += members
     alone.sort(key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     while alone:
-        rows = max(1, settings.batch_tokens // min(T, sum(map(len, pairs[alone[0]]))))
-        jobs.append((0, alone[:rows]))
-        alone = alone[rows:]
-    with world.bar(len(pairs) // world.size, "score") as bar:
+        alone = cut(0, alone)
+    with world.bar(len(pairs) // world.size, "score", unit=" texts") as bar:
         for shared, members in jobs[world.rank::world.size]:
             whole = [(list(context) + list(continuation))[-(T + 1):] for context, continuation in (pairs[i] for i in members)]
             rows = torch.zeros(len(whole), max(map(len, whole)) - 1, dtype=torch.int64)
@@ -548,12 +566,9 @@ def score(model, pairs, settings, world):
 
 
 def harness_model(model, encoding, settings, world):
-    """`model` as lm-evaluation-harness sees one. ValueError if the harness is not installed."""
-    try:
-        from lm_eval import utils
-        from lm_eval.api.model import TemplateLM
-    except ImportError as e:
-        raise ValueError(f"--tasks needs EleutherAI's lm-evaluation-harness ({e}): pip install lm-eval") from e
+    """`model` as lm-evaluation-harness sees one."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
 
     class Harness(TemplateLM):  # every rank asks for everything; `score` shares it out
         eot_token_id = encoding.eot_token
@@ -578,20 +593,21 @@ def harness_model(model, encoding, settings, world):
 
         def generate_until(self, requests, disable_tqdm=False):
             found = {}
-            for i in range(world.rank, len(requests), world.size):
+            for i in tqdm(range(world.rank, len(requests), world.size), desc=f"{'generate':<18}", disable=not world.main):
                 context, options = requests[i].args
                 stops, most = options.get("until") or [], options.get("max_gen_toks", 256)
                 stops = [stops] if isinstance(stops, str) else list(stops)
                 ids = self.tok_encode(context)[-max(1, model.config.block_size - most):] or [encoding.eot_token]
                 text, new = "", []
                 temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-                for token in model.stream(torch.tensor([ids], device=world.device), most, temperature):
-                    if token.item() == encoding.eot_token:
-                        break
-                    new.append(token.item())
-                    text = encoding.decode(new)
-                    if any(stop and stop in text for stop in stops):
-                        break
+                with world.autocast(settings.dtype):
+                    for token in model.stream(torch.tensor([ids], device=world.device), most, temperature):
+                        if token.item() == encoding.eot_token:
+                            break
+                        new.append(token.item())
+                        text = encoding.decode(new)
+                        if any(stop and stop in text for stop in stops):
+                            break
                 found[i] = min([text, *(text.split(stop)[0] for stop in stops if stop)], key=len)
             found = {i: text for part in world.gather(found) for i, text in part.items()}
             return [found[i] for i in range(len(requests))]
@@ -599,60 +615,86 @@ def harness_model(model, encoding, settings, world):
     return Harness()
 
 
-def run_tasks(model, encoding, settings, world):
-    """{task: {metric: value}} of the harness, "METRIC_stderr" beside it. ValueError for a task it does not have."""
-    harness, names = harness_model(model, encoding, settings, world), settings.tasks.split(",")
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-    manager = TaskManager(include_path=settings.task_folder or None)
+def find_tasks(settings):
+    """(names, the harness's task manager). ValueError if the harness is not installed, or for a task it does not have."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as e:
+        raise ValueError(f"--tasks needs EleutherAI's lm-evaluation-harness ({e}): pip install lm-eval") from e
+    names, manager = settings.tasks.split(","), TaskManager(include_path=settings.task_folder or None)
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}" + f": did you mean {', '.join(near)}?" * bool(near))
-    done = simple_evaluate(harness, tasks=names, task_manager=manager, limit=settings.limit or None, bootstrap_iters=1000,
-                           log_samples=False) or {"results": {}}  # it gives one process of a node the results
-    return {task: {key.removesuffix(",none"): value for key, value in result.items() if isinstance(value, float)}
-            for task, result in done["results"].items()}
+    return names, manager
+
+
+def run_tasks(model, encoding, settings, world):
+    """{task: {metric: [value, standard error or None]}} of the harness."""
+    from lm_eval import simple_evaluate
+    names, manager = find_tasks(settings)
+    done = simple_evaluate(harness_model(model, encoding, settings, world), tasks=names, task_manager=manager, log_samples=False,
+                           limit=settings.limit or None, bootstrap_iters=1000)
+    tasks = {}
+    for task, result in done["results"].items() if done else ():  # one process of a node is given the results
+        for key, value in result.items():
+            metric, _, rule = key.partition(",")  # a metric, and the rule by which answers are filtered
+            if isinstance(value, float) and not metric.endswith("_stderr"):
+                error = result.get(f"{metric}_stderr,{rule}")
+                tasks.setdefault(task, {})[metric if rule == "none" else f"{metric} {rule}"] = [value, error if isinstance(error, float) else None]
+    return tasks
+
+
+def open_model(name, settings, world):
+    """(model, tokenizer's name, validation Windows or None) of a name in --eval; ValueError for what does not fit together."""
+    if name == "gpt2" or Path(name).suffix in (".safetensors", ".bin"):
+        model, folder = load_teacher(name, world), settings.data
+        tokenizer = {V: k for k, V in VOCABULARIES.items()}.get(model.config.vocab_size)
+        if tokenizer is None:
+            raise ValueError(f"{name} has a vocabulary of {model.config.vocab_size}, none of the tokenizers here: {VOCABULARIES}")
+    else:
+        ckpt = load_checkpoint(name, "model", mmap=True)  # its optimiser is not read
+        model, tokenizer, folder = CoCoMix.from_checkpoint(ckpt), ckpt["tokenizer"], settings.data or ckpt["log"][0]["settings"]["data"]
+        if settings.tasks and not settings.data and not Path(folder).is_dir():
+            folder = ""  # the tasks can do without
+    if not (folder or settings.tasks):
+        raise ValueError(f"{name} does not say which data it was trained on: name --data FOLDER, or --tasks")
+    windows = Windows(folder, "val", model.config.block_size, vocab_size=model.config.vocab_size) if folder else None
+    return model.to(world.device).eval(), tokenizer, windows
+
+
+def results_table(found):
+    """Markdown: a row for each metric, a column for each model of {model: {"val": {metric: [value, error]}, "tasks": {...}}}."""
+    columns = [{**({"val": f["val"]} if "val" in f else {}), **f.get("tasks", {})} for f in found.values()]
+    table = [f"| task | metric | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
+    for task, metric in dict.fromkeys((task, metric) for column in columns for task, result in column.items() for metric in result):
+        cells = []
+        for column in columns:
+            value, error = column.get(task, {}).get(metric, (None, None))
+            cells.append("-" if value is None else f"{value:.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+        table.append(f"| {task} | {metric} | {' | '.join(cells)} |")
+    return "\n".join(table)
 
 
 def evaluate_models(settings, world):
-    """The command --eval: {model: {"val": ..., "tasks": ...}}, printed as one table and kept as JSON after each model."""
-    names, found = settings.eval.split(","), {}
-    for name in names:  # a wrong name is told before hours of work
-        if name != "gpt2" and not Path(name).is_file():
-            load_checkpoint(name, "model")
+    """The command --eval: {model: {"val": ..., "tasks": ...}}, printed as one table; the JSON file grows with each model."""
+    names, found, path = settings.eval.split(","), {}, Path(settings.out)
+    if settings.tasks:
+        find_tasks(settings)
+    for name in names:  # a mistake is told before hours of work
+        open_model(name, settings, world)
     for name in names:
-        world.print(f"evaluating {name}")
-        if name == "gpt2" or Path(name).suffix in (".safetensors", ".bin"):
-            model, folder = load_teacher(name, world), settings.data
-            tokenizer = {V: k for k, V in VOCABULARIES.items()}.get(model.config.vocab_size)
-            if tokenizer is None:
-                raise ValueError(f"{name} has a vocabulary of {model.config.vocab_size}, none of the tokenizers here: {VOCABULARIES}")
-        else:
-            ckpt = load_checkpoint(name, "model")
-            model, tokenizer = CoCoMix.from_checkpoint(ckpt).to(world.device).eval(), ckpt["tokenizer"]
-            folder = settings.data or ckpt["log"][0]["settings"]["data"]
-        if not (folder or settings.tasks):
-            raise ValueError(f"{name} does not say which data it was trained on: name --data FOLDER, or --tasks")
-        found[name] = {"parameters": model.num_parameters(), "data": folder}
-        if folder:
-            windows = Windows(folder, "val", model.config.block_size, vocab_size=model.config.vocab_size)
+        model, tokenizer, windows = open_model(name, settings, world)
+        world.print(f"evaluating {name}, {model.num_parameters():,} parameters" + (f", on {windows.folder}" if windows else ""))
+        found[name] = {"parameters": model.num_parameters(), "data": str(windows.folder) if windows else None}
+        if windows:
             found[name]["val"] = whole_split_loss(model, windows, settings, world)
         if settings.tasks:
             found[name]["tasks"] = run_tasks(model, get_tokenizer(tokenizer), settings, world)
         if world.main:
-            with atomic(settings.out) as tmp:
-                tmp.write_text(json.dumps(found, indent=1) + "\n")
-    rows = {("val", key): f"{{:.{digits}f}}" for key, digits in (("loss", 4), ("perplexity", 2))}
-    rows |= {(task, key): "{:.4f}" for f in found.values() for task, result in f.get("tasks", {}).items() for key in result
-             if not key.endswith("_stderr")}
-    table = [f"| task | metric | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
-    for (task, key), form in rows.items():
-        results = [f.get("val") if task == "val" else f.get("tasks", {}).get(task) for f in found.values()]
-        cells = [form.format(r[key]) + (f" ± {r[key + '_stderr']:.4f}" if key + "_stderr" in r else "") if r and key in r else "-" for r in results]
-        if any(cell != "-" for cell in cells):
-            table.append(f"| {task} | {key} | {' | '.join(cells)} |")
-    world.print("\n".join(table) + f"\n\n{settings.out}")
+            with atomic(path) as tmp:
+                tmp.write_text(json.dumps({**read_json(path), **found}, indent=1) + "\n")
+    world.print(f"{results_table(found)}\n\n{path}")
     return found
 
 
@@ -662,8 +704,7 @@ def main():
         return evaluate_models(settings, World(settings.device))
     settings = parse(TrainSettings, presets=PRESETS, preset="tiny")
     world = World(settings.device)
-    if settings.data in (f"data/{name}" for name in SOURCES) and not (Path(settings.data) / "meta.json").is_file():
-        world.first(lambda: prepare(DataSettings(Path(settings.data).name), quiet=not world.main))
+    rows_and_passes(settings, world)  # what cannot work is refused before anything is downloaded
     (pipeline if settings.mode == "all" else single)(settings, world)
 
 
