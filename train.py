@@ -616,8 +616,9 @@ def harness_model(model, encoding, settings, world):
 
 
 def find_tasks(settings):
-    """(names, the harness's task manager). ValueError if the harness is not installed, or for a task it does not have."""
+    """(simple_evaluate, names, task manager) of the harness. ValueError if it is not installed or has no such task."""
     try:
+        from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as e:
         raise ValueError(f"--tasks needs EleutherAI's lm-evaluation-harness ({e}): pip install lm-eval") from e
@@ -626,13 +627,12 @@ def find_tasks(settings):
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
             raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}" + f": did you mean {', '.join(near)}?" * bool(near))
-    return names, manager
+    return simple_evaluate, names, manager
 
 
 def run_tasks(model, encoding, settings, world):
     """{task: {metric: [value, standard error or None]}} of the harness."""
-    from lm_eval import simple_evaluate
-    names, manager = find_tasks(settings)
+    simple_evaluate, names, manager = find_tasks(settings)
     done = simple_evaluate(harness_model(model, encoding, settings, world), tasks=names, task_manager=manager, log_samples=False,
                            limit=settings.limit or None, bootstrap_iters=1000)
     tasks = {}
