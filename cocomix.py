@@ -82,7 +82,7 @@ class Output(NamedTuple):
     loss: Optional[torch.Tensor]  # () equation (5), or the token loss alone when there are no labels
     ntp_loss: Optional[torch.Tensor]  # () mean next-token cross-entropy in nats, over targets that are not -1
     concept_loss: Optional[torch.Tensor]  # () L_concept in nats; 0 if no label is valid
-    logits: torch.Tensor  # (B,T,V) of the token after each position
+    logits: Optional[torch.Tensor]  # (B,T,V) of the token after each position
     concept_logits: Optional[torch.Tensor]  # (B,T,C) z, fp32
 
 
@@ -173,14 +173,62 @@ def interleave(h, c):
     return torch.stack([h, c], dim=2).flatten(1, 2)
 
 
+class ConceptLoss(torch.autograd.Function):
+    """Sum of logsumexp(z) - z[label] over valid labels. Autograd's own backward would fill three tensors like z, this one."""
+
+    @staticmethod
+    def forward(ctx, z, labels):
+        lse, valid = torch.logsumexp(z, -1, keepdim=True), labels >= 0
+        ctx.save_for_backward(z, labels, lse)
+        return (lse - z.gather(-1, labels.clamp(min=0))).masked_fill(~valid, 0).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        z, labels, lse = ctx.saved_tensors
+        valid = (labels >= 0).to(z.dtype) * grad
+        softmax = torch.sub(z, lse).exp_()
+        return softmax.mul_(valid.sum(-1, keepdim=True)).scatter_add_(-1, labels.clamp(min=0), -valid), None
+
+
 def concept_loss(z, labels):
     """L_concept of equation (5): z (B,T,C), labels (B,T,n) int64, -1 = none -> () in nats, 0 if none is valid.
 
     One log-sum-exp serves all n labels of a token. The mean is over valid labels."""
-    valid = labels >= 0
-    chosen = z.gather(-1, labels.clamp(min=0)).float()
-    nll = torch.logsumexp(z.float(), -1, keepdim=True) - chosen  # (B,T,n)
-    return nll.masked_fill(~valid, 0).sum() / valid.sum().clamp(min=1)
+    return ConceptLoss.apply(z.float(), labels) / (labels >= 0).sum().clamp(min=1)
+
+
+class TokenLoss(torch.autograd.Function):
+    """Sum of the cross-entropies of the logits x W^T and `targets` (N,), -1 = none: x (N,D), W (rows,D) of which the
+    first `vocab_size` rows count -> () in nats. What F.cross_entropy gives, for less memory and time: the logits are
+    made a chunk at a time, and turned into their gradient, then into that of x and W, while they are at hand."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, vocab_size):
+        device, size = x.device.type, 512 if x.device.type == "cpu" else 4096  # tokens a chunk
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        w, total, (need_x, need_w, *_) = weight.to(dtype), torch.zeros((), device=x.device), ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_w = torch.zeros_like(weight) if need_w else None
+        for start in range(0, len(x), size):
+            part, at = x[start:start + size].to(dtype), targets[start:start + size, None]
+            z = (part @ w.T).float()
+            z[:, vocab_size:] = -math.inf
+            lse, valid = torch.logsumexp(z, -1, keepdim=True), (at >= 0).float()
+            total += ((lse - z.gather(-1, at.clamp(min=0))) * valid).sum()
+            if need_x or need_w:  # d loss / d z = softmax(z), less 1 at the target
+                g = z.sub_(lse).exp_().mul_(valid).scatter_add_(-1, at.clamp(min=0), -valid).to(dtype)
+            if need_x:
+                grad_x[start:start + size] = g @ w
+            if need_w and dtype == grad_w.dtype:
+                grad_w.addmm_(g.T, part)
+            elif need_w:
+                grad_w += g.T @ part
+        ctx.save_for_backward(grad_x, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
 
 
 class CompressLayer(nn.Module):
@@ -254,10 +302,13 @@ class CoCoMix(nn.Module):
         """(B,T,D) after the last block -> logits (B,T,V)."""
         return F.linear(self.ln_f(x), self.wte.weight)[..., :self.config.vocab_size]  # padding is never scored
 
-    def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None):
-        """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count.
+    def token_loss(self, x, targets):
+        """x (B,T,D) after the last block, targets (B,T), -1 = none -> () summed next-token cross-entropy in nats."""
+        return TokenLoss.apply(self.ln_f(x).flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
 
-        `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
+    def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None, logits=True):
+        """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count; the loss
+        needs no logits: training leaves them out with logits=False. `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
         (`new_cache`) idx continues the tokens that it has seen. ValueError if T is larger than block_size, or if
         labels or steering come to a model without concepts."""
         config = self.config
@@ -278,16 +329,14 @@ class CoCoMix(nn.Module):
             h = run(h, config.mix != "none" and i == config.n_layer - 1, cache["past"][i] if cache else None)
         if cache:
             cache["tokens"] += idx.size(1)
-        logits = self.head(h)
 
         loss = ntp_loss = l_concept = None
         if targets is not None:
-            nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction="sum")
-            loss = ntp_loss = nll / (targets >= 0).sum().clamp(min=1)
+            loss = ntp_loss = self.token_loss(h, targets) / (targets >= 0).sum().clamp(min=1)
         if concept_labels is not None:
             l_concept = concept_loss(z, concept_labels)
             loss = config.concept_weight * l_concept + (0 if ntp_loss is None else ntp_loss)
-        return Output(loss, ntp_loss, l_concept, logits, z)
+        return Output(loss, ntp_loss, l_concept, self.head(h) if logits else None, z)
 
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------
 

@@ -167,8 +167,7 @@ def loss_from(teacher, r, targets, layer):
     """r (B,T,D) after block `layer`, targets (B,T), -1 = none -> () next-token loss in nats, summed."""
     for block in teacher.h[layer + 1:]:
         r = block(r)
-    logits = teacher.head(r).flatten(0, 1).float()
-    return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
+    return teacher.token_loss(r, targets)
 
 
 def check_pair(teacher, layer, sae=None):
@@ -200,7 +199,8 @@ def attribution(teacher, sae, idx, targets, layer):
         r.requires_grad_()
         g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
     with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
-        return values * (sae.decoder[indices] @ g.float().unsqueeze(-1)).squeeze(-1), indices
+        dots = [sae.decoder[i] @ row.float().unsqueeze(-1) for i, row in zip(indices, g)]  # (T,K,D) at a time, not (B,T,K,D)
+        return values * torch.stack(dots).squeeze(-1), indices
 
 
 def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attribution"):

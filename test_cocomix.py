@@ -190,6 +190,47 @@ def test_concept_loss_is_the_mean_of_separate_cross_entropies():
     assert none.item() == 0 and torch.equal(z.grad, torch.zeros_like(z))
 
 
+@pytest.mark.parametrize("trains", ["xw", "x", "w", ""])
+def test_the_chunked_token_loss_is_cross_entropy(trains):
+    """Over chunk borders, with padded rows and missing targets, for whichever of x and W wants a gradient; in bf16 too."""
+    torch.manual_seed(0)
+    x, w, targets = torch.randn(1100, 24), torch.randn(72, 24), torch.randint(-1, 70, (1100,))
+    x[5] *= 40  # a token that is sure
+    x.requires_grad_("x" in trains), w.requires_grad_("w" in trains)
+    want = 0.3 * F.cross_entropy((x @ w.T)[:, :70], targets, ignore_index=-1, reduction="sum")
+    got = 0.3 * cocomix_module.TokenLoss.apply(x, w, targets, 70)
+    assert (targets < 0).any() and got.item() == pytest.approx(want.item(), rel=1e-5) and got.requires_grad == bool(trains)
+    inputs = [p for p in (x, w) if p.requires_grad]
+    if inputs:
+        exact = torch.autograd.grad(want, inputs)
+        for a, b in zip(torch.autograd.grad(got, inputs), exact):
+            assert torch.allclose(a, b, atol=1e-4 * b.abs().max())
+        with torch.autocast("cpu", torch.bfloat16):
+            low = 0.3 * cocomix_module.TokenLoss.apply(x, w, targets, 70)
+        for a, b in zip(torch.autograd.grad(low, inputs), exact):
+            assert a.dtype == torch.float32 and torch.allclose(a, b, atol=2e-2 * b.abs().max())
+    assert cocomix_module.TokenLoss.apply(x, w, torch.full((1100,), -1), 70).item() == 0
+
+
+def test_concept_loss_gradient_is_the_slope():
+    torch.manual_seed(0)
+    z, labels = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True), torch.randint(-1, 7, (2, 3, 4))
+    labels[0, 0], labels[0, 1] = -1, 3  # a token without labels, and one with four times the same
+    assert torch.autograd.gradcheck(lambda z: cocomix_module.ConceptLoss.apply(z, labels), z)
+
+
+def test_logits_left_out_change_no_loss_and_no_gradient():
+    for mix in ("none", "concept"):
+        grads = []
+        for wanted in (True, False):
+            model, idx = small(mix, vocab_multiple=64), tokens(2, T)
+            out = model(idx, idx.roll(-1, 1), logits=wanted)
+            assert (out.logits is not None) == wanted
+            F.cross_entropy(out.logits.flatten(0, 1), idx.roll(-1, 1).flatten()).backward() if wanted else out.loss.backward()
+            grads.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+
+
 def test_one_overflow_among_the_losers_does_no_harm():
     z = torch.randn(1, 1, 64)
     z[0, 0, 3] = -torch.inf

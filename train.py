@@ -199,7 +199,7 @@ def evaluate(model, windows, settings, world):
     for window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         with world.autocast(settings.dtype):
-            total += model(idx, targets.contiguous()).ntp_loss.cpu().double() * targets.numel()
+            total += model(idx, targets.contiguous(), logits=False).ntp_loss.cpu().double() * targets.numel()
     return float(world.sum(total)) / (count * settings.block_size)
 
 
@@ -299,7 +299,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 if world.size > 1:
                     step_model.require_backward_grad_sync = i == accumulation - 1  # read by DDP's forward, so set here
                 with world.autocast(settings.dtype):
-                    result = step_model(idx, targets, labels)
+                    result = step_model(idx, targets, labels, logits=False)
                 ntp, concept = result.ntp_loss / accumulation, torch.zeros_like(result.ntp_loss)
                 if labels is not None:  # times world.size, since DDP averages gradients over ranks
                     concept = result.concept_loss * (labels >= 0).sum() * world.size / valid
@@ -506,7 +506,7 @@ def whole_split_loss(model, windows, settings, world):
     with world.bar(sum(len(s) - 1 for s in windows.shards) // world.size, "val", unit=" tokens") as bar:
         for idx, targets in windows.whole(world.rank, world.size, max(1, settings.batch_tokens // T)):
             with world.autocast(settings.dtype):
-                loss = model(idx.to(world.device), targets.to(world.device)).ntp_loss
+                loss = model(idx.to(world.device), targets.to(world.device), logits=False).ntp_loss
             total += torch.tensor([loss.item() * targets.numel(), targets.numel()], dtype=torch.float64)
             bar.update(targets.numel())
     loss = (total := world.sum(total))[0].item() / total[1].item()
