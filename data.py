@@ -752,11 +752,11 @@ class Windows:
 
     def fixed(self, tokens, rank=0, world=1, rows=16):
         """This rank's share of a fixed set of about `tokens` tokens spread over the split: (windows of all ranks
-        together, list of batches (up to `rows`, T+1))."""
+        together, list of batches: (numbers, windows (up to `rows`, T+1)))."""
         everyone = self.spread(tokens)
         chosen = everyone[rank::world]
         parts = [chosen[i:i + rows] for i in range(0, len(chosen), rows)]
-        return len(everyone), [torch.stack([self.window(n) for n in part]) for part in parts]
+        return len(everyone), [(part, torch.stack([self.window(n) for n in part])) for part in parts]
 
     def whole(self, rank=0, world=1, rows=16):
         """Yield this rank's share of the whole split as (idx, targets) of up to (rows,T) each: disjoint stretches in which

@@ -3,6 +3,7 @@
     python sae.py --teacher out/tiny/ntp/ckpt.pt --data data/pystdlib --layer 1 --out out/my_sae
     torchrun --nproc_per_node=8 sae.py --teacher CKPT --data DATA --out OUT      # the same on the 8 GPUs of a node
     python sae.py describe --sae out/tiny/sae/ckpt.pt --teacher out/tiny/ntp/ckpt.pt     # what its latents fire on
+    python sae.py label --sae out/tiny/sae/ckpt.pt --teacher out/tiny/ntp/ckpt.pt        # labels, made once for many runs
 
 How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by attribution):
     r   = the teacher's residual stream after block `layer` (0-based), standardised as in equation (1)
@@ -18,19 +19,21 @@ Dimensions: B batch, T tokens, D the teacher's width, C latents, K active latent
 """
 import hashlib
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_matmul, standardise, top_k
 from data import (Interrupt, Log, Windows, World, atomic, cache, fetch, get_tokenizer, load_checkpoint, parse, run,
-                  save_checkpoint)
+                  save_checkpoint, writing)
 
 STRONGEST = 64  # firings a latent is described by
 RANKINGS = ("attribution", "negative", "absolute", "activation")
@@ -207,7 +210,7 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     """The concepts each token is to predict: idx, targets (B,T) int64 -> (B,T,n_labels) int64, best first, -1 = none.
 
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i. Only scores
-    above 0 make labels; the last position has no gradient, so it has none unless by activation.
+    above 0 make labels; a last position without a target has no gradient, so none unless by activation.
     ValueError for a teacher with concepts, a layer it lacks, an SAE of another width, a wrong ranking or count."""
     check_pair(teacher, layer, sae)
     if rank_by not in RANKINGS:
@@ -225,7 +228,8 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
 
 
 class Labeler:
-    """`labeler(idx, targets, numbers)`: the concept_labels of the windows with these numbers.
+    """`labeler(idx, targets, numbers)`: the concept_labels of the training windows with these numbers, `.val` those of
+    validation windows. CachedLabels reads what this makes.
 
     With `keep` a window is labelled once and remembered (4 bytes a label), so that a second student over the same
     windows has its labels for nothing; `seconds` then counts the time this took."""
@@ -234,13 +238,23 @@ class Labeler:
         check_pair(teacher, layer, sae)
         self.teacher, self.sae, self.layer, self.n_labels, self.rank_by = teacher, sae, layer, n_labels, rank_by
         self.autocast, self.keep, self.kept, self.seconds = autocast, keep, {}, 0.0
+        self.n_concepts = len(sae.encoder)
+
+    def check(self, block_size, vocab_size):
+        """ValueError unless the teacher reads blocks of that many tokens of that vocabulary."""
+        config = self.teacher.config
+        if config.vocab_size != vocab_size:
+            raise ValueError(f"the teacher's vocabulary has {config.vocab_size} tokens, the data's {vocab_size}: train the "
+                             "teacher on data of the same tokenizer")
+        if config.block_size < block_size:
+            raise ValueError(f"--block_size {block_size} is longer than the teacher's {config.block_size}: lower it")
 
     def identity(self):
         """What the labels depend on, in plain types: a run remembers it and refuses to go on with other labels."""
         return {"teacher": fingerprint(self.teacher), "sae": fingerprint(self.sae), "layer": self.layer,
                 "n_labels": self.n_labels, "rank_by": self.rank_by}
 
-    def make(self, idx, targets):
+    def val(self, idx, targets, numbers=None):
         """idx, targets (B,T) -> concept_labels (B,T,n_labels), nothing looked up or kept."""
         with self.autocast or torch.autocast(idx.device.type, enabled=False):
             return concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
@@ -249,11 +263,139 @@ class Labeler:
         if self.kept and all(n in self.kept for n in numbers):
             return torch.stack([self.kept[n] for n in numbers]).to(idx.device, torch.int64)
         start = time.perf_counter()
-        labels = self.make(idx, targets)
+        labels = self.val(idx, targets)
         if self.keep:
             self.kept.update(zip(numbers, labels.to(torch.int32).cpu()))
             self.seconds += time.perf_counter() - start
         return labels
+
+
+LABELS_HEADER, NO_LABEL = 4096, 65535  # bytes of JSON, then uint16 (windows, T, n_labels)
+
+
+class CachedLabels:
+    """The labels that `sae.py label` wrote beside the shards of `folder`: used like a Labeler, without a teacher.
+
+    ValueError if there are none, several (name one of their hashes), of other windows, or of another data set."""
+
+    def __init__(self, folder, block_size, name=""):
+        self.files, self.seconds = {}, 0.0
+        make = f"make them with `python sae.py label --data {folder} --teacher CKPT --sae CKPT`"
+        for split in ("train", "val"):
+            windows, paths = Windows(folder, split, block_size), sorted(Path(folder).glob(f"{split}.{name or '*'}.labels"))
+            if len(paths) != 1:
+                found = f"{', '.join(p.name.split('.')[1] for p in paths)}: choose with --labels_name" if paths else f"none: {make}"
+                raise ValueError(f"{folder} must have one file of cached {split} labels{' ' + name if name else ''}, and has {found}")
+            header = read_labels_header(paths[0])
+            wanted = {"block_size": block_size, "windows": len(windows), "data": windows.fingerprint()}
+            for key, value in wanted.items():
+                if header.get(key) != value:
+                    raise ValueError(f"{paths[0]} was made for {key} {header.get(key)}, not {value}: {make}")
+            self.n_labels, self.n_concepts, self.header = header["identity"]["n_labels"], header["n_concepts"], header
+            shape = (len(windows), block_size, self.n_labels)
+            self.files[split] = np.memmap(paths[0], "<u2", "r", LABELS_HEADER, shape)
+
+    def identity(self):
+        return self.header["identity"]
+
+    def check(self, block_size, vocab_size):
+        pass  # the data's fingerprint says it
+
+    def read(self, split, numbers, device):
+        labels = torch.from_numpy(self.files[split][numbers].astype(np.int64))
+        return labels.masked_fill_(labels == NO_LABEL, -1).to(device)
+
+    def __call__(self, idx, targets, numbers):
+        return self.read("train", numbers, idx.device)
+
+    def val(self, idx, targets, numbers):
+        return self.read("val", numbers, idx.device)
+
+
+def read_labels_header(path):
+    """The dict at the beginning of a label file. ValueError if it is damaged or none."""
+    try:
+        with open(path, "rb") as f:
+            header = json.loads(f.read(LABELS_HEADER))
+        assert header["format"] == "cocomix-labels-1"
+        size = LABELS_HEADER + 2 * header["windows"] * header["block_size"] * header["identity"]["n_labels"]
+    except (ValueError, KeyError, TypeError, AssertionError) as e:
+        raise ValueError(f"{path} is no label file: remove it and run `python sae.py label` again") from e
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: remove it and run `python sae.py label` again")
+    return header
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """Write the concept labels of a data set beside its shards, for train.py --labels cached."""
+    teacher: str = ""  # a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
+    sae: str = ""  # its SAE: checkpoint (sae.py), openai, or openai:FILE
+    sae_layer: int = 5  # the block that OpenAI's SAE reads; a checkpoint of ours says so itself
+    data: str = "data/pystdlib"  # folder of token shards (data.py); both splits are labelled
+    block_size: int = 0  # tokens of a window, the --block_size of the training; 0: the teacher's
+    n_labels: int = 4  # concept labels a token
+    rank_by: Literal[RANKINGS] = "attribution"  # what makes a latent a label
+    batch_tokens: int = 16_384  # tokens a pass, of each process
+    device: str = "auto"  # cuda, mps or cpu; auto finds it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher's pass; auto: bfloat16 on CUDA
+
+    def __post_init__(self):
+        if not (self.teacher and self.sae) or self.batch_tokens < 1 or self.block_size < 0:
+            raise ValueError(f"label needs --teacher CKPT and --sae CKPT; --batch_tokens {self.batch_tokens} must be 1 or more, "
+                             f"--block_size {self.block_size} 0 or more")
+
+
+def write_labels(settings, world):
+    """The command `sae.py label`. All processes share the passes; what is whole survives an interruption, whoever goes on."""
+    teacher = load_teacher(settings.teacher, world)
+    sae, layer, _ = load_sae(settings, teacher, world)
+    labeler, T = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype)), settings.block_size
+    T = T or teacher.config.block_size
+    if labeler.n_concepts > NO_LABEL:
+        raise ValueError(f"{settings.sae} has {labeler.n_concepts} latents, a label file can name {NO_LABEL}")
+    for split in ("val", "train"):
+        windows = Windows(settings.data, split, T, vocab_size=teacher.config.vocab_size)
+        labeler.check(T, windows.meta["vocab_size"])
+        header = {"format": "cocomix-labels-1", "identity": labeler.identity(), "block_size": T, "windows": len(windows),
+                  "n_concepts": labeler.n_concepts, "data": windows.fingerprint(), "made_from": [settings.teacher, settings.sae],
+                  "bfloat16": world.autocast(settings.dtype)._enabled}
+        name = hashlib.sha256(json.dumps([header["identity"], T]).encode()).hexdigest()[:8]
+        path, rows = Path(settings.data) / f"{split}.{name}.labels", max(1, settings.batch_tokens // T)
+        part, done = path.with_suffix(".labels.tmp"), path.with_suffix(".labels.tmp.done")  # a byte for each window that is labelled
+        if path.exists() and read_labels_header(path) == header:
+            world.print(f"{path}: reused")
+            continue
+        first = json.dumps(header).encode().ljust(LABELS_HEADER)
+        with writing(path):
+            if world.main and not (done.exists() and part.exists() and open(part, "rb").read(LABELS_HEADER) == first):
+                with open(part, "wb") as f:
+                    f.write(first)
+                    f.truncate(LABELS_HEADER + 2 * len(windows) * T * settings.n_labels)
+                done.write_bytes(bytes(len(windows)))
+            world.barrier()
+            missing = np.flatnonzero(np.frombuffer(done.read_bytes(), np.uint8) == 0).tolist()
+            world.barrier()  # all have the same list
+            with open(part, "r+b") as f, open(done, "r+b") as marks, world.bar(len(missing) // world.size, f"label {split}", unit=" windows") as bar:
+                chunks = [missing[i:i + rows] for i in range(0, len(missing), rows)]
+                for chunk in chunks[world.rank::world.size]:
+                    window = torch.stack([windows.window(n) for n in chunk]).to(world.device)
+                    labels = labeler.val(window[:, :-1], window[:, 1:].contiguous()).cpu()
+                    for n, tokens in zip(chunk, labels.masked_fill(labels < 0, NO_LABEL).numpy().astype("<u2")):
+                        f.seek(LABELS_HEADER + 2 * n * T * settings.n_labels)
+                        f.write(tokens.tobytes())
+                    f.flush()
+                    for n in chunk:
+                        marks.seek(n)
+                        marks.write(b"\1")
+                    marks.flush()
+                    bar.update(len(chunk))
+            world.barrier()
+            if world.main:
+                os.replace(part, path)
+                done.unlink()
+            world.barrier()
+        world.print(f"{path}: {len(windows):,} windows of {T} tokens, {2 * settings.n_labels} bytes a token")
 
 
 def fingerprint(module):
@@ -316,7 +458,7 @@ def evaluate_sae(teacher, sae, layer, windows, tokens, world):
     stream. The first position keeps its own and stays out of the FVU: its norm is many times the others'."""
     count, batches = windows.fixed(tokens, world.rank, world.size)
     total, mean = torch.zeros(4, dtype=torch.float64), torch.zeros(teacher.config.n_embd, dtype=torch.float64)
-    for window in batches:
+    for _, window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         x = residual(teacher, idx, layer)
         (r, mu, std), r_hat = standardise(x[:, 1:]), sae.decode(*sae.encode(x[:, 1:]))
@@ -569,6 +711,9 @@ def check_teacher(ckpt, teacher, settings):
 
 
 def main():
+    if sys.argv[1:2] == ["label"]:
+        settings = parse(LabelSettings, sys.argv[2:])
+        return write_labels(settings, World(settings.device))
     if sys.argv[1:2] == ["describe"]:
         return write_dictionary(parse(DescribeSettings, sys.argv[2:]))
     settings = parse(SAESettings)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -666,7 +667,8 @@ def test_the_fixed_set_is_shared_out_among_any_number_of_ranks(tmp_path):
     windows = Windows(numbered(tmp_path / "d", [53, 4, 27]), "train", 4)
     for world in (1, 2, 3, 7):
         shares = [windows.fixed(25, rank, world, rows=2) for rank in range(world)]
-        firsts = sorted(w[0].item() for count, batches in shares for batch in batches for w in batch)
+        assert all(torch.equal(w, windows.window(n)) for _, batches in shares for numbers, batch in batches for n, w in zip(numbers, batch, strict=True))
+        firsts = sorted(w[0].item() for count, batches in shares for _, batch in batches for w in batch)
         assert all(count == 6 for count, _ in shares) and firsts == sorted(windows.window(i * 15 // 6)[0].item() for i in range(6))
 
 
@@ -1460,6 +1462,84 @@ def test_mode_all_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
         pipeline(replace(base, lr=1e30, min_lr=1e30, warmup=0, grad_clip=0.0), world)
     pipeline(base, world)
     assert report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}) == table
+
+
+# ---- cached labels ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def labelled(corpus, trained, tmp_path):
+    """A copy of the data with its cached labels, made by two processes."""
+    folder = tmp_path / "data"
+    shutil.copytree(corpus, folder)
+    done = launch(["label", "--teacher", str(trained / "ntp" / "ckpt.pt"), "--sae", str(trained / "sae" / "ckpt.pt"), "--data", str(folder), "--batch-tokens", str(5 * T),
+                   "--device", "cpu"], "sae.py", processes=2)
+    assert done.returncode == 0 and "8 bytes a token" in done.output and not list(folder.glob("*tmp*")), done.output
+    return folder
+
+
+def test_training_on_cached_labels_is_training_on_live_ones(labelled, trained, tmp_path):
+    """Bit for bit, through more than an epoch; the files hold what concept_labels gives; a run goes from one to the other; no teacher is loaded."""
+    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained / "ntp" / "ckpt.pt", "model")).eval().requires_grad_(False)
+    sae = TopKSAE.from_checkpoint(load_checkpoint(trained / "sae" / "ckpt.pt", "sae")).eval()
+    cached = sae_module.CachedLabels(labelled, T)
+    for split in ("train", "val"):
+        windows = Windows(labelled, split, T)
+        for n in (0, 7, len(windows) - 1):
+            w = windows.window(n)[None]
+            assert torch.equal(cached.read(split, [n], "cpu"), concept_labels(teacher, sae, w[:, :-1], w[:, 1:].contiguous(), 1))
+    assert (cached.read("train", list(range(50)), "cpu") == -1).any() and cached.read("train", [0], "cpu").max() < 64
+    live = settings(labelled, tmp_path / "live", mode="cocomix", teacher=str(trained / "ntp" / "ckpt.pt"), sae=str(trained / "sae" / "ckpt.pt"), steps=40)
+    train_module.single(live, World("cpu"))
+    from_cache = settings(labelled, tmp_path / "cached", mode="cocomix", labels="cached", steps=40)
+    hidden = [(p, p.with_suffix(".away")) for p in (trained / "ntp" / "ckpt.pt", trained / "sae" / "ckpt.pt")]
+    for path, away in hidden:
+        path.rename(away)
+    try:
+        train_module.single(replace(from_cache, save_interval=15), World("cpu"))
+    finally:
+        for path, away in hidden:
+            away.rename(path)
+    a, b = (load_checkpoint(tmp_path / name / "ckpt.pt", "model") for name in ("live", "cached"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"]) and a["agreement"] == b["agreement"] and a["identity"] == b["identity"]
+    train_module.single(replace(from_cache, out=live.out, teacher=live.teacher, sae=live.sae, resume=True, steps=45), World("cpu"))
+
+
+def test_labelling_goes_on_where_it_was_stopped_and_refuses_what_does_not_fit(labelled, trained, tmp_path, monkeypatch):
+    arguments = sae_module.LabelSettings(teacher=str(trained / "ntp" / "ckpt.pt"), sae=str(trained / "sae" / "ckpt.pt"), data=str(labelled), batch_tokens=5 * T, device="cpu")
+    path, = labelled.glob("train.*.labels")
+    want, name, calls = path.read_bytes(), path.name.split(".")[1], [0]
+    path.unlink()
+    val, whole = Labeler.val, Windows(labelled, "train", T)
+
+    def stops(self, idx, *rest):
+        calls[0] += 1
+        if calls[0] == 4:
+            raise KeyboardInterrupt
+        return val(self, idx, *rest)
+    monkeypatch.setattr(Labeler, "val", stops)
+    with pytest.raises(KeyboardInterrupt):
+        sae_module.write_labels(arguments, World("cpu"))
+    assert not path.exists()
+    sae_module.write_labels(arguments, World("cpu"))
+    assert path.read_bytes() == want and calls[0] - 4 == -(-(len(whole) - 15) // 5)  # three passes of 5 windows were kept
+    base = settings(labelled, tmp_path / "o", mode="cocomix", labels="cached")
+    other, _ = train(settings(labelled, tmp_path / "other", steps=1, seed=1), World("cpu"))
+    for changes, words in ((dict(teacher=str(tmp_path / "other" / "ckpt.pt")), "--teacher .*do not fit|do not fit.*--teacher"), (dict(teacher="gpt2"), "--teacher gpt2, the labels are of"),
+                           (dict(n_labels=3), "--n_labels 3, the labels have 4"), (dict(rank_by="negative"), "rank_by"), (dict(block_size=32, batch_tokens=256), "made for block_size 16"),
+                           (dict(labels_name="0123abcd"), "none"), (dict(data=str(trained.parent)), "no train shards")):
+        with pytest.raises((ValueError, OSError), match=words):
+            train_module.single(replace(base, **changes), World("cpu"))
+    sae_module.write_labels(replace(arguments, rank_by="activation", n_labels=2), World("cpu"))
+    with pytest.raises(ValueError, match="choose with --labels_name"):
+        train_module.single(base, World("cpu"))
+    assert sae_module.CachedLabels(labelled, T, name).n_labels == 4
+    path.write_bytes(want[:-2])
+    with pytest.raises(ValueError, match="bytes, not"):
+        sae_module.CachedLabels(labelled, T, name)
+    write_shard(labelled / "train_000001.bin", range(200))  # more text than was labelled
+    path.write_bytes(want)
+    with pytest.raises(ValueError, match="made for windows"):
+        sae_module.CachedLabels(labelled, T, name)
 
 
 # ---- reading and steering --------------------------------------------------------------------------------------------

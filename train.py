@@ -35,7 +35,7 @@ from tqdm import tqdm
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
                   parse, read_json, run, save_checkpoint)
-from sae import (Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, load_sae, load_teacher,
+from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
@@ -81,6 +81,8 @@ class TrainSettings:
     concept_weight: float = 0.5  # weight of the concept loss; 0.1 in the paper
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation"] = "attribution"  # what makes a latent a label
+    labels: Literal["live", "cached"] = "live"  # make labels while training, or read those of `sae.py label`: no teacher needed
+    labels_name: str = ""  # labels cached: which, where the data has several (TRAIN.NAME.labels)
     steps: int = 700  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
     micro_batch: int = 0  # rows a pass; 0: all of a process's rows at once
@@ -132,9 +134,11 @@ class TrainSettings:
         if self.mode == "all" and not self.n_labels <= self.k_concepts <= self.n_concepts:
             raise ValueError(f"--n_labels {self.n_labels} must not exceed --k_concepts {self.k_concepts}, nor that "
                              f"--n_concepts {self.n_concepts}")
-        if self.mode == "cocomix" and not (self.teacher and self.sae):
+        if self.mode == "cocomix" and self.labels == "live" and not (self.teacher and self.sae):
             raise ValueError("--mode cocomix needs --teacher CKPT (from train.py --mode ntp) and --sae CKPT (from "
-                             "sae.py); --mode all makes both")
+                             "sae.py), or --labels cached; --mode all makes both")
+        if self.mode != "cocomix" and self.labels == "cached":
+            raise ValueError(f"--mode {self.mode} takes no --labels cached: leave it out, or take --mode cocomix")
         if self.mode != "cocomix" and (self.teacher or self.sae):
             raise ValueError(f"--mode {self.mode} takes no --teacher or --sae (the presets 69m, 386m and 1.4b have them): leave them "
                              "out, or take --mode cocomix")
@@ -157,7 +161,7 @@ def model_config(settings, vocab_size, labeler):
     if settings.mode != "ntp":
         used.update(insert_layer=settings.insert_layer, concept_residual=settings.concept_residual)
     if settings.mode == "cocomix":
-        used.update(n_concepts=len(labeler.sae.encoder), k_concepts=settings.k_concepts,
+        used.update(n_concepts=labeler.n_concepts, k_concepts=settings.k_concepts,
                     concept_weight=settings.concept_weight)
     return CoCoMixConfig(**used, vocab_size=vocab_size, mix=MIX[settings.mode])
 
@@ -196,7 +200,7 @@ def evaluate(model, windows, settings, world):
     """Mean next-token loss (nats) over a fixed set of `windows`, shared by all ranks; the raw module, no randomness."""
     count, batches = windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))
     total = torch.zeros((), dtype=torch.float64)
-    for window in batches:
+    for _, window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         with world.autocast(settings.dtype):
             total += model(idx, targets.contiguous(), logits=False).ntp_loss.cpu().double() * targets.numel()
@@ -212,9 +216,9 @@ def review_concepts(model, windows, settings, world, labeler):
     model.concept_max.fill_(-math.inf)
     hits, tokens, frequency = torch.zeros(()), torch.zeros(()), torch.zeros(C)
     _, batches = windows.fixed(settings.eval_tokens, world.rank, world.size, min(16, settings.micro_batch or 16))
-    for window in batches:
+    for numbers, window in batches:
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
-        labels = labeler.make(idx, targets)
+        labels = labeler.val(idx, targets, numbers)
         with world.autocast(settings.dtype):
             z = model(idx).concept_logits
         model.concept_max.copy_(torch.maximum(model.concept_max, z.amax((0, 1))))
@@ -239,11 +243,8 @@ def train(settings, world, labeler=None, name="train", resume=False):
     T, out, (rows, accumulation) = settings.block_size, Path(settings.out), rows_and_passes(settings, world)
     data, val = Windows(settings.data, "train", T, settings.seed), Windows(settings.data, "val", T)
     vocab_size = data.meta["vocab_size"]
-    if labeler and labeler.teacher.config.vocab_size != vocab_size:
-        raise ValueError(f"the teacher's vocabulary has {labeler.teacher.config.vocab_size} tokens, the data's "
-                         f"{vocab_size}: train the teacher on data of the same tokenizer")
-    if labeler and labeler.teacher.config.block_size < T:
-        raise ValueError(f"--block_size {T} is longer than the teacher's {labeler.teacher.config.block_size}: lower it")
+    if labeler:
+        labeler.check(T, vocab_size)
 
     torch.manual_seed(settings.seed)
     model = CoCoMix(model_config(settings, vocab_size, labeler)).to(world.device)
@@ -454,12 +455,34 @@ def pipeline(settings, world):
         world.print(f"\n{text}\nFiles: {out}/*/ckpt.pt (models, SAE), {out}/*/log.jsonl (curves), {out}/report.md (this)")
 
 
+def check_labels(cached, settings, world):
+    """ValueError unless cached labels come from the teacher, SAE and rule that `settings` name: a file must have the same
+    tensors, another name (gpt2, openai) must be the one that the labels were made with; an empty one is not asked for."""
+    identity, wrong = cached.identity(), []
+    loaders = {"teacher": load_teacher, "sae": lambda name, world: TopKSAE.from_checkpoint(load_checkpoint(name, "sae"))}
+    for (key, load), made in zip(loaders.items(), cached.header["made_from"]):
+        name = getattr(settings, key)
+        same = fingerprint(load(name, world)) == identity[key] if Path(name).is_file() else name in ("", made)
+        wrong += [] if same else [f"--{key} {name}, the labels are of {made}"]
+    rules = ("n_labels", "rank_by") if not settings.sae.startswith("openai") else ("n_labels", "rank_by", "sae_layer")
+    wrong += [f"--{k} {getattr(settings, k)}, the labels have {made}" for k in rules
+              if getattr(settings, k) != (made := identity[k.removeprefix("sae_")])]
+    if wrong:
+        raise ValueError(f"the labels cached in {settings.data} do not fit: {'; '.join(wrong)}. Make others with `python sae.py "
+                         "label`, or correct those flags")
+
+
 def single(settings, world):
     """One run of --mode ntp, pause or cocomix."""
     labeler = None
     check_out(settings.out, settings.resume)
     world.first(lambda: make_if_known(settings.data, quiet=not world.main))
-    if settings.mode == "cocomix":
+    if settings.labels == "cached":
+        labeler = CachedLabels(settings.data, settings.block_size, settings.labels_name)
+        check_labels(labeler, settings, world)
+        teacher, sae = labeler.header["made_from"]
+        settings = replace(settings, teacher=settings.teacher or teacher, sae=settings.sae or sae)  # for the log
+    elif settings.mode == "cocomix":
         teacher = load_teacher(settings.teacher, world)
         sae, layer, path = load_sae(settings, teacher, world)
         if settings.sae.startswith("openai"):
