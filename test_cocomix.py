@@ -1840,6 +1840,27 @@ def test_the_harness_scores_our_models_as_its_own(harness_tasks, tmp_path, monke
         assert name != "my_choice" or result["acc"][1] == pytest.approx(want["results"][name]["acc_stderr,none"], rel=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["cocomix", "cached", "ntp", "pause", "generate", "sae"])
+def test_the_benchmark_runs_the_real_step(mode, monkeypatch, capsys):
+    """Every mode; a step is train's own, and the dense SAE step it compares with is as exact."""
+    calls, step, decodes = [], train_module.training_step, []
+    monkeypatch.setattr(train_module, "training_step", lambda *a: calls.append(a) or step(*a))
+    real = sae_module.TopKSAE.forward
+
+    def forward(self, x):
+        out = real(self, x)
+        decodes.append((self.decode(out.values, out.indices), sparse_matmul(out.values, out.indices, self.decoder) + self.pre_bias))
+        return out
+    monkeypatch.setattr(sae_module.TopKSAE, "forward", forward)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--bench", "tiny", "--mode", mode, "--steps", "1", "--batch", "1", "--device", "cpu"])
+    train_module.main()
+    line = json.loads(capsys.readouterr().out)
+    assert line["mode"] == mode and (len(calls) == 3) == (mode not in ("generate", "sae")) and (len(decodes) == 6) == (mode == "sae")
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in decodes)
+    if calls:
+        assert (calls[0][3][0][2] is not None) == (mode in ("cocomix", "cached")) and line["tokens_per_s"] > 0 and (line["label_ms"] > 0) == (mode == "cocomix")
+
+
 def test_evaluation_refuses_what_it_cannot_do(corpus, trained, tmp_path, monkeypatch, harness_tasks):
     ckpt = trained / "ntp" / "ckpt.pt"
     numbered(tmp_path / "words", [400], vocab=500)

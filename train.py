@@ -8,6 +8,7 @@
 
     torchrun --nproc_per_node=8 train.py --preset 69m                                  # the paper: also 386m, 1.4b
     python train.py --eval out/tiny/ntp/ckpt.pt,out/tiny/cocomix/ckpt.pt               # compare finished models
+    python train.py --bench 69m --mode cached --batch 1                                # time steps
 
     torchrun --nproc_per_node=8 train.py ...                                           # the 8 GPUs of a node
     torchrun --nnodes=2 --node_rank=0 --master_addr=HOST0 --master_port=29500 --nproc_per_node=8 train.py ...  # node 0
@@ -22,7 +23,9 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +38,7 @@ from tqdm import tqdm
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
                   parse, read_json, run, save_checkpoint)
-from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
+from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, concept_labels, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
@@ -64,7 +67,7 @@ MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
 @dataclass(frozen=True)
 class TrainSettings:
     """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To evaluate finished models:
-    train.py --eval CKPT[,CKPT...] --help"""
+    train.py --eval CKPT[,CKPT...] --help. To time steps: train.py --bench 69m --help"""
     mode: Literal["all", "ntp", "pause", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline
     data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
@@ -220,7 +223,7 @@ def review_concepts(model, windows, settings, world, labeler):
         idx, targets = window[:, :-1].to(world.device), window[:, 1:].to(world.device)
         labels = labeler.val(idx, targets, numbers)
         with world.autocast(settings.dtype):
-            z = model(idx).concept_logits
+            z = model(idx, logits=False).concept_logits
         model.concept_max.copy_(torch.maximum(model.concept_max, z.amax((0, 1))))
         hits += (z.topk(n).indices.unsqueeze(-1) == labels.unsqueeze(-2)).sum().cpu()
         tokens += (labels >= 0).any(-1).sum().cpu()
@@ -233,6 +236,37 @@ def review_concepts(model, windows, settings, world, labeler):
 
 
 # ---- the loop ----------------------------------------------------------------------------------------------
+
+def wrapped(model, settings, world):
+    """The model as a step runs it: compiled and in DDP where wanted."""
+    if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
+        model = torch.compile(model)
+    return DistributedDataParallel(model) if world.size > 1 else model
+
+
+def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, autocast):
+    """One optimiser step over `passes` [(idx, targets, labels or None)]: a tensor of token loss, concept loss and gradient norm."""
+    sums, valid = torch.zeros(3, device=world.device), torch.zeros((), device=world.device)
+    for _, _, labels in passes:
+        valid += 0 if labels is None else (labels >= 0).sum()
+    valid = world.sum(valid).clamp(min=1)  # labels of the whole step: a mean of means would weigh them unequally
+    for i, (idx, targets, labels) in enumerate(passes):
+        if world.size > 1:
+            step_model.require_backward_grad_sync = i == len(passes) - 1  # read by DDP's forward, so set here
+        with autocast:
+            result = step_model(idx, targets, labels, logits=False)
+        ntp, concept = result.ntp_loss / len(passes), torch.zeros_like(result.ntp_loss)
+        if labels is not None:  # times world.size, since DDP averages gradients over ranks
+            concept = result.concept_loss * (labels >= 0).sum() * world.size / valid
+        (ntp + model.config.concept_weight * concept).backward()
+        sums[:2] += torch.stack([ntp, concept]).detach()
+    sums[2] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return sums
+
 
 def train(settings, world, labeler=None, name="train", resume=False):
     """Train one model as `settings` say -> (model, the records of out/log.jsonl). Writes out/ckpt.pt.
@@ -265,11 +299,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
         if begin > settings.steps:
             raise ValueError(f"{out}/ckpt.pt is at step {begin} already, beyond --steps {settings.steps}: raise --steps")
     log = Log(out / "log.jsonl", records, world.main)
-    step_model = model  # may be wrapped; evaluation, sampling and saving use the raw `model`
-    if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
-        step_model = torch.compile(step_model)
-    if world.size > 1:
-        step_model = DistributedDataParallel(step_model)
+    step_model = wrapped(model, settings, world)  # evaluation, sampling and saving use the raw `model`
     world.print(f"{name}: {model.num_parameters():,} parameters, {settings.steps} steps of {settings.batch_tokens} tokens "
                 f"= {world.size} processes x {rows} rows x {T} tokens x {accumulation} accumulated, on {world.device}"
                 + (f", from step {begin}" if begin else ""))
@@ -285,7 +315,7 @@ def train(settings, world, labeler=None, name="train", resume=False):
     labels_clock = labeler.seconds if labeler else 0.0
     with Interrupt(world) as interrupt, world.bar(settings.steps, name, begin) as bar:
         for step in range(begin, settings.steps):
-            passes, valid = [], torch.zeros((), device=world.device)
+            passes = []
             for i in range(accumulation):
                 where = (step * accumulation + i, rows, world.rank, world.size)
                 batch = data.batch(*where)
@@ -293,25 +323,10 @@ def train(settings, world, labeler=None, name="train", resume=False):
                     batch = [t.pin_memory() for t in batch]
                 idx, targets = (t.to(world.device, non_blocking=world.device.type == "cuda") for t in batch)
                 labels = labeler(idx, targets, data.numbers(*where)) if labeler else None
-                valid += 0 if labels is None else (labels >= 0).sum()
                 passes.append((idx, targets, labels))
-            valid = world.sum(valid).clamp(min=1)  # labels of the whole step: a mean of means would weigh them unequally
-            for i, (idx, targets, labels) in enumerate(passes):
-                if world.size > 1:
-                    step_model.require_backward_grad_sync = i == accumulation - 1  # read by DDP's forward, so set here
-                with world.autocast(settings.dtype):
-                    result = step_model(idx, targets, labels, logits=False)
-                ntp, concept = result.ntp_loss / accumulation, torch.zeros_like(result.ntp_loss)
-                if labels is not None:  # times world.size, since DDP averages gradients over ranks
-                    concept = result.concept_loss * (labels >= 0).sum() * world.size / valid
-                (ntp + model.config.concept_weight * concept).backward()
-                sums[:2] += torch.stack([ntp, concept]).detach()
-            sums[2] += torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)
             lr = learning_rate(step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            sums += training_step(model, step_model, optimizer, passes, lr, settings.grad_clip, world,
+                                  world.autocast(settings.dtype))
 
             done, since, stopping = step + 1, since + 1, interrupt.asked()
             last, saving = done == settings.steps, done % settings.save_interval == 0 or stopping
@@ -721,7 +736,110 @@ def evaluate_models(settings, world):
     return found
 
 
+# ---- python train.py --bench: how fast a step is ---------------------------------------------------------------
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """Time training steps, generation or SAE steps, on random weights and tokens; prints a line of JSON."""
+    bench: Literal["tiny", "69m", "386m", "1.4b"] = "tiny"  # sizes: of the presets; tiny is a model of width 256
+    mode: Literal["cocomix", "cached", "ntp", "pause", "generate", "sae"] = "cocomix"  # labels made in the step, or before; ...
+    batch: int = 8  # rows a step, of each process
+    steps: int = 5  # timed steps, after two to warm up
+    device: str = "auto"  # cuda, mps or cpu; auto finds it
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA, float32 elsewhere
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
+    gradient_checkpointing: bool = False  # see TrainSettings
+
+    def __post_init__(self):
+        if min(self.batch, self.steps) < 1:
+            raise ValueError(f"--batch {self.batch} and --steps {self.steps} must be at least 1")
+
+
+def bench(settings, world):
+    """The command --bench. Medians in ms a step; `mfu` of the datasheet's peak where it is known, and of the rate of a large
+    matrix product measured here; model FLOPs are `flops_per_token`, without those of labels."""
+    size = PRESETS[settings.bench] if settings.bench != "tiny" else dict(n_layer=6, n_head=8, n_embd=256, insert_layer=3, block_size=256, ntp={})
+    tiny, ntp = settings.bench == "tiny", settings.mode == "ntp"
+    shape = dict(block_size=size["block_size"], vocab_size=8192 if tiny else 50257, vocab_multiple=64, n_layer=size["n_layer"], n_head=size["n_head"])
+    mix = dict(mix=MIX.get(settings.mode, "concept"), insert_layer=size["insert_layer"], n_concepts=4096 if tiny else 32768, k_concepts=32)
+    width = size["ntp"].get("n_embd", size["n_embd"]) if ntp else size["n_embd"]
+    torch.manual_seed(0)
+    model, T = CoCoMix(CoCoMixConfig(**shape, **mix, n_embd=width)).to(world.device), size["block_size"]
+    model.gradient_checkpointing, autocast = settings.gradient_checkpointing, world.autocast(settings.dtype)
+    V, C, teacher_width = shape["vocab_size"], mix["n_concepts"], 256 if tiny else 768
+    if settings.mode == "cocomix":
+        teacher = CoCoMix(CoCoMixConfig(**{**shape, "n_embd": 256} if tiny else {}, mix="none")).to(world.device).eval().requires_grad_(False)
+    if settings.mode in ("cocomix", "sae"):
+        sae = TopKSAE(teacher_width, C, 32).to(world.device)
+    idx, sync = torch.randint(V, (settings.batch, T), device=world.device), torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+
+    def timed(*works):  # median seconds of each, alternating, after two rounds to warm up
+        rounds = []
+        for _ in range(settings.steps + 2):
+            rounds.append([])
+            for work in works:
+                start = time.perf_counter()
+                work()
+                sync()
+                rounds[-1].append(time.perf_counter() - start)
+        return [sorted(column)[len(column) // 2] for column in zip(*rounds[2:])]
+
+    result = {"size": settings.bench, "mode": settings.mode, "device": str(world.device), "processes": world.size, "batch": settings.batch}
+    if settings.mode == "generate":
+        for context in (1, min(128, T // 2), T - 17):
+            works = [partial(model.generate, idx[:1, :context], 16, cached=cached) for cached in (True, False)]
+            fast, slow = timed(*works)
+            result |= {f"context_{context}": {"cached": round(16 / fast, 1), "not_cached": round(16 / slow, 1)}}
+    elif settings.mode == "sae":
+        x, optimizer = torch.randn(settings.batch * T, teacher_width, device=world.device), torch.optim.Adam(sae.parameters(), fused=True)
+
+        def dense(values, indices, mu=0.0, std=1.0):  # all C latents, most of them 0
+            return torch.zeros(*values.shape[:-1], C, device=values.device).scatter(-1, indices, values) @ sae.decoder + sae.pre_bias
+
+        def step(decode):
+            sae.decode = decode
+            out = sae(x)
+            out.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            sae.after_step(out)
+        for name, seconds in zip(("sparse", "dense"), timed(partial(step, sae.decode), partial(step, dense))):
+            result |= {f"{name}_ms": round(1e3 * seconds, 1), f"{name}_tokens_per_s": round(len(x) / seconds)}
+    else:
+        optimizer, step_model = model.configure_optimizer(1e-4), wrapped(model, settings, world)
+        labels = torch.randint(C, (*idx.shape, 4), device=world.device) if settings.mode in ("cocomix", "cached") else None
+
+        def label():
+            nonlocal labels
+            if settings.mode == "cocomix":
+                with autocast:
+                    labels = concept_labels(teacher, sae, idx, idx.roll(-1, 1), size.get("sae_layer", 2))
+
+        def step():
+            idx.random_(V)
+            training_step(model, step_model, optimizer, [(idx, idx.roll(-1, 1), labels)], 1e-4, 1.0, world, autocast)
+        label_s, step_s = timed(label, step)
+        a = torch.randn(2048, 2048, device=world.device, dtype=torch.bfloat16 if autocast._enabled else torch.float32)
+        matmul = 2 * 2048 ** 3 / timed(lambda: a @ a)[0]
+        speed = settings.batch * T * world.size / (label_s + step_s)
+        flops, peak = model.flops_per_token() * settings.batch * T / step_s, peak_flops(world.device)
+        result |= {"tokens": settings.batch * T * world.size, "label_ms": round(1e3 * label_s, 1), "student_ms": round(1e3 * step_s, 1),
+                   "tokens_per_s": round(speed), "student_gflop_per_s": round(flops / 1e9), "matmul_gflop_per_s": round(matmul / 1e9),
+                   "mfu": peak and round(flops / peak, 4)}
+    if world.device.type == "cuda":
+        result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    else:
+        with suppress(ImportError):  # not on Windows
+            import resource
+            result["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10)
+    world.print(json.dumps(result))
+    return result
+
+
 def main():
+    if any(word == "--bench" or word.startswith("--bench=") for word in sys.argv[1:]):
+        settings = parse(BenchSettings)
+        return bench(settings, World(settings.device))
     if any(word == "--eval" or word.startswith("--eval=") for word in sys.argv[1:]):
         settings = parse(EvalSettings)
         return evaluate_models(settings, World(settings.device))
