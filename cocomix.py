@@ -179,15 +179,14 @@ class ConceptLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, labels):
         lse, valid = torch.logsumexp(z, -1, keepdim=True), labels >= 0
-        ctx.save_for_backward(z, labels, lse)
+        ctx.save_for_backward(z, labels)
         return (lse - z.gather(-1, labels.clamp(min=0))).masked_fill(~valid, 0).sum()
 
     @staticmethod
     def backward(ctx, grad):
-        z, labels, lse = ctx.saved_tensors
+        z, labels = ctx.saved_tensors
         valid = (labels >= 0).to(z.dtype) * grad
-        softmax = torch.sub(z, lse).exp_()
-        return softmax.mul_(valid.sum(-1, keepdim=True)).scatter_add_(-1, labels.clamp(min=0), -valid), None
+        return F.softmax(z, -1).mul_(valid.sum(-1, keepdim=True)).scatter_add_(-1, labels.clamp(min=0), -valid), None
 
 
 def concept_loss(z, labels):
@@ -213,10 +212,11 @@ class TokenLoss(torch.autograd.Function):
             part, at = x[start:start + size].to(dtype), targets[start:start + size, None]
             z = (part @ w.T).float()
             z[:, vocab_size:] = -math.inf
-            lse, valid = torch.logsumexp(z, -1, keepdim=True), (at >= 0).float()
+            p, valid = F.softmax(z, -1), (at >= 0).float()
+            lse = z.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()  # the largest p is exp(max z - lse)
             total += ((lse - z.gather(-1, at.clamp(min=0))) * valid).sum()
             if need_x or need_w:  # d loss / d z = softmax(z), less 1 at the target
-                g = z.sub_(lse).exp_().mul_(valid).scatter_add_(-1, at.clamp(min=0), -valid).to(dtype)
+                g = p.mul_(valid).scatter_add_(-1, at.clamp(min=0), -valid).to(dtype)
             if need_x:
                 grad_x[start:start + size] = g @ w
             if need_w and dtype == grad_w.dtype:

@@ -17,6 +17,7 @@ Dimensions: B batch, T tokens of a block.
 """
 import argparse
 import collections
+import ctypes
 import difflib
 import errno
 import hashlib
@@ -796,6 +797,10 @@ class World:
             self.device = torch.device("cuda", local if self.size > 1 else self.device.index or 0)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+        if kind == "cpu":  # glibc returns large freed tensors to the kernel and gets them back page by page: let it keep them
+            with suppress(OSError, AttributeError, TypeError):  # not glibc
+                mallopt = ctypes.CDLL(None).mallopt
+                mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
