@@ -839,6 +839,10 @@ class World:
         on = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
+    def compiles(self, choice):
+        """Whether to torch.compile: "on", or "auto" on CUDA."""
+        return choice == "on" or (choice == "auto" and self.device.type == "cuda")
+
     def print(self, text):
         if self.main:
             tqdm.write(text)

@@ -188,25 +188,29 @@ def check_pair(teacher, layer, sae=None):
 
 # ---- concept labels ----------------------------------------------------------------------------------------
 
-def attribution(teacher, sae, idx, targets, layer):
+PARTS = residual, loss_from  # the teacher below and above the SAE; Labeler compiles them where that pays
+
+
+def attribution(teacher, sae, idx, targets, layer, parts=PARTS):
     """s_i = a_i * (g . W_dec_i) of each token's active latents: idx, targets (B,T) -> s, indices, both (B,T,K).
 
     Exact, for less work: the blocks up to `layer` run without a graph, those above back-propagate to r alone (no
     parameter gradient), and only active latents are scored, since the others have a_i = 0. The factor std(r) > 0
     between W_dec_i and r's own scale is left out: it cannot change a token's ranking."""
+    below, above = parts
     with torch.no_grad():
-        r = residual(teacher, idx, layer)
+        r = below(teacher, idx, layer)
         with torch.autocast(r.device.type, enabled=False):
             values, indices = sae.encode(r)
     with torch.enable_grad():
         r.requires_grad_()
-        g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
+        g, = torch.autograd.grad(above(teacher, r, targets, layer), r)  # (B,T,D)
     with torch.no_grad(), torch.autocast(r.device.type, enabled=False):
         dots = [sae.decoder[i] @ row.float().unsqueeze(-1) for i, row in zip(indices, g)]  # (T,K,D) at a time, not (B,T,K,D)
         return values * torch.stack(dots).squeeze(-1), indices
 
 
-def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attribution"):
+def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attribution", parts=PARTS):
     """The concepts each token is to predict: idx, targets (B,T) int64 -> (B,T,n_labels) int64, best first, -1 = none.
 
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i. Only scores
@@ -221,7 +225,7 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
         with torch.no_grad(), torch.autocast(idx.device.type, enabled=False):
             scores, indices = sae.encode(residual(teacher, idx, layer))
     else:
-        scores, indices = attribution(teacher, sae, idx, targets, layer)
+        scores, indices = attribution(teacher, sae, idx, targets, layer, parts)
         scores = {"attribution": scores, "negative": -scores, "absolute": scores.abs()}[rank_by]
     best, at = scores.topk(n_labels)
     return indices.gather(-1, at).masked_fill(best <= 0, -1)
@@ -234,11 +238,11 @@ class Labeler:
     With `keep` a window is labelled once and remembered (4 bytes a label), so that a second student over the same
     windows has its labels for nothing; `seconds` then counts the time this took."""
 
-    def __init__(self, teacher, sae, layer, n_labels=4, rank_by="attribution", autocast=None, keep=False):
+    def __init__(self, teacher, sae, layer, n_labels=4, rank_by="attribution", autocast=None, keep=False, compile=False):
         check_pair(teacher, layer, sae)
         self.teacher, self.sae, self.layer, self.n_labels, self.rank_by = teacher, sae, layer, n_labels, rank_by
         self.autocast, self.keep, self.kept, self.seconds = autocast, keep, {}, 0.0
-        self.n_concepts = len(sae.encoder)
+        self.n_concepts, self.parts = len(sae.encoder), tuple(map(torch.compile, PARTS)) if compile else PARTS
 
     def check(self, block_size, vocab_size):
         """ValueError unless the teacher reads blocks of that many tokens of that vocabulary."""
@@ -257,7 +261,7 @@ class Labeler:
     def val(self, idx, targets, numbers=None):
         """idx, targets (B,T) -> concept_labels (B,T,n_labels), nothing looked up or kept."""
         with self.autocast or torch.autocast(idx.device.type, enabled=False):
-            return concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by)
+            return concept_labels(self.teacher, self.sae, idx, targets, self.layer, self.n_labels, self.rank_by, self.parts)
 
     def __call__(self, idx, targets, numbers):
         if self.kept and all(n in self.kept for n in numbers):
@@ -339,6 +343,7 @@ class LabelSettings:
     batch_tokens: int = 16_384  # tokens a pass, of each process
     device: str = "auto"  # cuda, mps or cpu; auto finds it
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher's pass; auto: bfloat16 on CUDA
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile for the teacher; auto: on CUDA only
 
     def __post_init__(self):
         if not (self.teacher and self.sae) or self.batch_tokens < 1 or self.block_size < 0:
@@ -350,8 +355,9 @@ def write_labels(settings, world):
     """The command `sae.py label`. All processes share the passes; what is whole survives an interruption, whoever goes on."""
     teacher = load_teacher(settings.teacher, world)
     sae, layer, _ = load_sae(settings, teacher, world)
-    labeler, T = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype)), settings.block_size
-    T = T or teacher.config.block_size
+    labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype),
+                      compile=world.compiles(settings.compile))
+    T = settings.block_size or teacher.config.block_size
     if labeler.n_concepts > NO_LABEL:
         raise ValueError(f"{settings.sae} has {labeler.n_concepts} latents, a label file can name {NO_LABEL}")
     for split in ("val", "train"):

@@ -512,6 +512,28 @@ def test_labels_look_ahead_but_the_teacher_keeps_no_graph():
     assert not concept_labels(teacher, sae, idx, targets, 1).requires_grad and all(p.grad is None for p in teacher.parameters())
 
 
+def test_compiled_labels_are_the_same():
+    """The parts that Labeler compiles, each as one graph: no break between teacher, chunked loss and its gradient."""
+    teacher, sae = teacher_and_sae()
+    idx = tokens(2, T)
+    want = concept_labels(teacher, sae, idx, idx.roll(-1, 1), 1)
+    parts = [torch.compile(part, backend="aot_eager", fullgraph=True) for part in sae_module.PARTS]
+    assert torch.equal(concept_labels(teacher, sae, idx, idx.roll(-1, 1), 1, parts=parts), want) and (want >= 0).any()
+    torch._dynamo.reset()
+
+
+def test_a_compiled_step_is_one_graph_with_the_same_gradients():
+    for mix in ("none", "pause", "concept"):
+        model, idx = small(mix), tokens(2, T)
+        labels, grads = tokens(2, T, 4) % 64 if mix == "concept" else None, []
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            run(idx, idx.roll(-1, 1), labels, logits=False).loss.backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+            model.zero_grad()
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*grads, strict=True))
+        torch._dynamo.reset()
+
+
 def test_labeler_keeps_what_it_made():
     teacher, sae = teacher_and_sae()
     labeler, idx, targets = Labeler(teacher, sae, 1, keep=True), tokens(3, T), tokens(3, T, seed=1)

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from cocomix import CoCoMix, CoCoMixConfig
 from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
                   parse, read_json, run, save_checkpoint)
-from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, concept_labels, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
+from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
@@ -239,7 +239,7 @@ def review_concepts(model, windows, settings, world, labeler):
 
 def wrapped(model, settings, world):
     """The model as a step runs it: compiled and in DDP where wanted."""
-    if settings.compile == "on" or (settings.compile == "auto" and world.device.type == "cuda"):
+    if world.compiles(settings.compile):
         model = torch.compile(model)
     return DistributedDataParallel(model) if world.size > 1 else model
 
@@ -454,7 +454,7 @@ def pipeline(settings, world):
     world.print(f"SAE: {describe_figures(figures)}")
 
     labeler = Labeler(teacher, sae.eval(), settings.sae_layer, settings.n_labels, settings.rank_by,
-                      world.autocast(settings.dtype), keep=True)
+                      world.autocast(settings.dtype), keep=True, compile=world.compiles(settings.compile))
     models = {}
     for name, residual in (("CoCoMix", False), ("CoCoMix residual", True)):
         student = replace(settings, mode="cocomix", concept_residual=residual, **paths,
@@ -509,7 +509,8 @@ def single(settings, world):
 --sae_layer), the SAE is another teacher's, or it was trained on inputs normalised otherwise (TopK form is assumed)"""
         world.print(f"SAE: fraction of variance unexplained {figures['fvu']:.3f} on training text"
                     + doubt.replace("\n", " ") * (figures["fvu"] > 0.5))
-        labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype))
+        labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype),
+                          compile=world.compiles(settings.compile))
     log = train(settings, world, labeler, settings.mode, settings.resume)[1]
     end = [r for r in log if r.get("val_loss") is not None][-1]
     world.print(f"{settings.mode}: validation loss {end['val_loss']:.4f} after {end['tokens']:,} tokens; "
@@ -771,6 +772,8 @@ def bench(settings, world):
         teacher = CoCoMix(CoCoMixConfig(**{**shape, "n_embd": 256} if tiny else {}, mix="none")).to(world.device).eval().requires_grad_(False)
     if settings.mode in ("cocomix", "sae"):
         sae = TopKSAE(teacher_width, C, 32).to(world.device)
+    if settings.mode == "cocomix":
+        labeler = Labeler(teacher, sae, size.get("sae_layer", 2), autocast=autocast, compile=world.compiles(settings.compile))
     idx, sync = torch.randint(V, (settings.batch, T), device=world.device), torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
 
     def timed(*works):  # median seconds of each, alternating, after two rounds to warm up
@@ -812,8 +815,7 @@ def bench(settings, world):
         def label():
             nonlocal labels
             if settings.mode == "cocomix":
-                with autocast:
-                    labels = concept_labels(teacher, sae, idx, idx.roll(-1, 1), size.get("sae_layer", 2))
+                labels = labeler.val(idx, idx.roll(-1, 1))
 
         def step():
             idx.random_(V)
