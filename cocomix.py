@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple, Optional
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -202,10 +203,11 @@ class TokenLoss(torch.autograd.Function):
     made a chunk at a time, and turned into their gradient, then into that of x and W, while they are at hand."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, vocab_size):
+    def forward(ctx, x, weight, targets, vocab_size, training=True):
         device, size = x.device.type, 512 if x.device.type == "cpu" else 4096  # tokens a chunk
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        w, total, (need_x, need_w, *_) = weight.to(dtype), torch.zeros((), device=x.device), ctx.needs_input_grad
+        w, total = weight.to(dtype), torch.zeros((), device=x.device)
+        need_x, need_w = (training and needed for needed in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if need_x else None
         grad_w = torch.zeros_like(weight) if need_w else None
         for start in range(0, len(x), size):
@@ -227,8 +229,9 @@ class TokenLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None
+        return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
 
 
 class CompressLayer(nn.Module):
@@ -304,11 +307,12 @@ class CoCoMix(nn.Module):
 
     def token_loss(self, x, targets):
         """x (B,T,D) after the last block, targets (B,T), -1 = none -> () summed next-token cross-entropy in nats."""
-        return TokenLoss.apply(self.ln_f(x).flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+        return TokenLoss.apply(self.ln_f(x).flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size,
+                               torch.is_grad_enabled())  # inside, gradients are always off
 
     def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None, logits=True):
         """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count; the loss
-        needs no logits: training leaves them out with logits=False. `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
+        needs no logits: training leaves them, and concept_logits, out with logits=False. `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
         (`new_cache`) idx continues the tokens that it has seen. ValueError if T is larger than block_size, or if
         labels or steering come to a model without concepts."""
         config = self.config
@@ -336,6 +340,7 @@ class CoCoMix(nn.Module):
         if concept_labels is not None:
             l_concept = concept_loss(z, concept_labels)
             loss = config.concept_weight * l_concept + (0 if ntp_loss is None else ntp_loss)
+        z = z if logits or targets is None else None  # a training step hands out nothing that it need not differentiate
         return Output(loss, ntp_loss, l_concept, self.head(h) if logits else None, z)
 
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------

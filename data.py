@@ -797,7 +797,8 @@ class World:
             self.device = torch.device("cuda", local if self.size > 1 else self.device.index or 0)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        if kind == "cpu":  # glibc returns large freed tensors to the kernel and gets them back page by page: let it keep them
+        if kind == "cpu":  # glibc returns large freed tensors to the kernel and gets them back page by page: let it keep
+            # them (the process's memory stays at its peak)
             with suppress(OSError, AttributeError, TypeError):  # not glibc
                 mallopt = ctypes.CDLL(None).mallopt
                 mallopt(-4, 0), mallopt(-1, 2 ** 31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
@@ -834,10 +835,12 @@ class World:
             self.barrier()
         return result
 
+    def bfloat16(self, dtype):
+        """Whether to compute in bf16: "bfloat16", or "auto" on CUDA. Never fp16."""
+        return dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
+
     def autocast(self, dtype):
-        """bf16 autocast for "bfloat16", and for "auto" on CUDA; otherwise fp32. Never fp16."""
-        on = dtype == "bfloat16" or (dtype == "auto" and self.device.type == "cuda")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16(dtype))
 
     def compiles(self, choice):
         """Whether to torch.compile: "on", or "auto" on CUDA."""

@@ -222,8 +222,10 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     if not 1 <= n_labels <= sae.k:
         raise ValueError(f"n_labels={n_labels} must lie between 1 and the SAE's k={sae.k}")
     if rank_by == "activation":
-        with torch.no_grad(), torch.autocast(idx.device.type, enabled=False):
-            scores, indices = sae.encode(residual(teacher, idx, layer))
+        with torch.no_grad():
+            r = parts[0](teacher, idx, layer)
+            with torch.autocast(idx.device.type, enabled=False):
+                scores, indices = sae.encode(r)
     else:
         scores, indices = attribution(teacher, sae, idx, targets, layer, parts)
         scores = {"attribution": scores, "negative": -scores, "absolute": scores.abs()}[rank_by]
@@ -287,17 +289,19 @@ class CachedLabels:
         make = f"make them with `python sae.py label --data {folder} --teacher CKPT --sae CKPT`"
         for split in ("train", "val"):
             windows, paths = Windows(folder, split, block_size), sorted(Path(folder).glob(f"{split}.{name or '*'}.labels"))
-            if len(paths) != 1:
-                found = f"{', '.join(p.name.split('.')[1] for p in paths)}: choose with --labels_name" if paths else f"none: {make}"
+            fit = [p for p in paths if read_labels_header(p)["block_size"] == block_size] or paths[:1]
+            if len(fit) != 1:
+                found = f"{', '.join(p.name.split('.')[1] for p in fit)}: choose with --labels_name" if fit else f"none: {make}"
                 raise ValueError(f"{folder} must have one file of cached {split} labels{' ' + name if name else ''}, and has {found}")
-            header = read_labels_header(paths[0])
+            path, name = fit[0], fit[0].name.split(".")[1]  # of the other split, too
+            header = read_labels_header(path)
             wanted = {"block_size": block_size, "windows": len(windows), "data": windows.fingerprint()}
             for key, value in wanted.items():
                 if header.get(key) != value:
-                    raise ValueError(f"{paths[0]} was made for {key} {header.get(key)}, not {value}: {make}")
+                    raise ValueError(f"{path} was made for {key} {header.get(key)}, not {value}: {make}")
             self.n_labels, self.n_concepts, self.header = header["identity"]["n_labels"], header["n_concepts"], header
             shape = (len(windows), block_size, self.n_labels)
-            self.files[split] = np.memmap(paths[0], "<u2", "r", LABELS_HEADER, shape)
+            self.files[split] = np.memmap(path, "<u2", "r", LABELS_HEADER, shape)
 
     def identity(self):
         return self.header["identity"]
@@ -307,7 +311,8 @@ class CachedLabels:
 
     def read(self, split, numbers, device):
         labels = torch.from_numpy(self.files[split][numbers].astype(np.int64))
-        return labels.masked_fill_(labels == NO_LABEL, -1).to(device)
+        labels.masked_fill_(labels == NO_LABEL, -1)
+        return labels.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else labels.to(device)
 
     def __call__(self, idx, targets, numbers):
         return self.read("train", numbers, idx.device)
@@ -321,9 +326,10 @@ def read_labels_header(path):
     try:
         with open(path, "rb") as f:
             header = json.loads(f.read(LABELS_HEADER))
-        assert header["format"] == "cocomix-labels-1"
+        if header["format"] != "cocomix-labels-1":
+            raise ValueError("its format is another")
         size = LABELS_HEADER + 2 * header["windows"] * header["block_size"] * header["identity"]["n_labels"]
-    except (ValueError, KeyError, TypeError, AssertionError) as e:
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is no label file: remove it and run `python sae.py label` again") from e
     if path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes, not {size:,}: remove it and run `python sae.py label` again")
@@ -354,7 +360,7 @@ class LabelSettings:
 def write_labels(settings, world):
     """The command `sae.py label`. All processes share the passes; what is whole survives an interruption, whoever goes on."""
     teacher = load_teacher(settings.teacher, world)
-    sae, layer, _ = load_sae(settings, teacher, world)
+    sae, layer, sae_path = load_sae(settings, teacher, world)
     labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype),
                       compile=world.compiles(settings.compile))
     T = settings.block_size or teacher.config.block_size
@@ -364,21 +370,29 @@ def write_labels(settings, world):
         windows = Windows(settings.data, split, T, vocab_size=teacher.config.vocab_size)
         labeler.check(T, windows.meta["vocab_size"])
         header = {"format": "cocomix-labels-1", "identity": labeler.identity(), "block_size": T, "windows": len(windows),
-                  "n_concepts": labeler.n_concepts, "data": windows.fingerprint(), "made_from": [settings.teacher, settings.sae],
-                  "bfloat16": world.autocast(settings.dtype)._enabled}
-        name = hashlib.sha256(json.dumps([header["identity"], T]).encode()).hexdigest()[:8]
+                  "n_concepts": labeler.n_concepts, "data": windows.fingerprint(), "bfloat16": world.bfloat16(settings.dtype)}
+        name = hashlib.sha256(json.dumps([header["identity"], header["bfloat16"], T]).encode()).hexdigest()[:8]
         path, rows = Path(settings.data) / f"{split}.{name}.labels", max(1, settings.batch_tokens // T)
         part, done = path.with_suffix(".labels.tmp"), path.with_suffix(".labels.tmp.done")  # a byte for each window that is labelled
-        if path.exists() and read_labels_header(path) == header:
+        names = {"made_from": [settings.teacher, settings.sae], "sae_file": str(sae_path)}  # how they were spelt makes no labels
+        first = json.dumps({**header, **names}).encode().ljust(LABELS_HEADER)
+        if len(first) > LABELS_HEADER:
+            raise ValueError(f"the paths {names} are too long for a label file's header: name shorter ones")
+
+        def same(file):
+            found = read_labels_header(file)
+            return {k: v for k, v in found.items() if k not in names} == header
+        if path.exists() and same(path):
             world.print(f"{path}: reused")
             continue
-        first = json.dumps(header).encode().ljust(LABELS_HEADER)
         with writing(path):
-            if world.main and not (done.exists() and part.exists() and open(part, "rb").read(LABELS_HEADER) == first):
+            if world.main and not (done.exists() and done.stat().st_size == len(windows) and part.exists() and same(part)):
+                done.unlink(missing_ok=True)  # marks never outlive the labels they are of
                 with open(part, "wb") as f:
                     f.write(first)
                     f.truncate(LABELS_HEADER + 2 * len(windows) * T * settings.n_labels)
-                done.write_bytes(bytes(len(windows)))
+                with atomic(done) as tmp:
+                    tmp.write_bytes(bytes(len(windows)))
             world.barrier()
             missing = np.flatnonzero(np.frombuffer(done.read_bytes(), np.uint8) == 0).tolist()
             world.barrier()  # all have the same list
@@ -391,6 +405,7 @@ def write_labels(settings, world):
                         f.seek(LABELS_HEADER + 2 * n * T * settings.n_labels)
                         f.write(tokens.tobytes())
                     f.flush()
+                    os.fsync(f.fileno())  # before they are marked: labels must outlive a power cut if their marks do
                     for n in chunk:
                         marks.seek(n)
                         marks.write(b"\1")

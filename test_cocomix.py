@@ -1508,8 +1508,8 @@ def test_training_on_cached_labels_is_training_on_live_ones(labelled, trained, t
         windows = Windows(labelled, split, T)
         for n in (0, 7, len(windows) - 1):
             w = windows.window(n)[None]
-            assert torch.equal(cached.read(split, [n], "cpu"), concept_labels(teacher, sae, w[:, :-1], w[:, 1:].contiguous(), 1))
-    assert (cached.read("train", list(range(50)), "cpu") == -1).any() and cached.read("train", [0], "cpu").max() < 64
+            assert torch.equal(cached.read(split, [n], torch.device("cpu")), concept_labels(teacher, sae, w[:, :-1], w[:, 1:].contiguous(), 1))
+    assert (cached.read("train", list(range(50)), torch.device("cpu")) == -1).any() and cached.read("train", [0], torch.device("cpu")).max() < 64
     live = settings(labelled, tmp_path / "live", mode="cocomix", teacher=str(trained / "ntp" / "ckpt.pt"), sae=str(trained / "sae" / "ckpt.pt"), steps=40)
     train_module.single(live, World("cpu"))
     from_cache = settings(labelled, tmp_path / "cached", mode="cocomix", labels="cached", steps=40)
@@ -1544,7 +1544,16 @@ def test_labelling_goes_on_where_it_was_stopped_and_refuses_what_does_not_fit(la
     assert not path.exists()
     sae_module.write_labels(arguments, World("cpu"))
     assert path.read_bytes() == want and calls[0] - 4 == -(-(len(whole) - 15) // 5)  # three passes of 5 windows were kept
+    path.rename(path.with_suffix(".labels.tmp"))  # killed between the file and its marks: none count
+    path.with_suffix(".labels.tmp.done").write_bytes(b"")
+    sae_module.write_labels(arguments, World("cpu"))
+    assert path.read_bytes() == want
+    calls[0] = 4
+    sae_module.write_labels(replace(arguments, teacher=os.path.relpath(arguments.teacher)), World("cpu"))  # the same file by another name
+    assert calls[0] == 4
     base = settings(labelled, tmp_path / "o", mode="cocomix", labels="cached")
+    with pytest.raises(ValueError, match="--dtype bfloat16, the labels were made in float32"):
+        train_module.single(replace(base, dtype="bfloat16"), World("cpu"))
     other, _ = train(settings(labelled, tmp_path / "other", steps=1, seed=1), World("cpu"))
     for changes, words in ((dict(teacher=str(tmp_path / "other" / "ckpt.pt")), "--teacher .*do not fit|do not fit.*--teacher"), (dict(teacher="gpt2"), "--teacher gpt2, the labels are of"),
                            (dict(n_labels=3), "--n_labels 3, the labels have 4"), (dict(rank_by="negative"), "rank_by"), (dict(block_size=32, batch_tokens=256), "made for block_size 16"),

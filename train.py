@@ -241,7 +241,7 @@ def wrapped(model, settings, world):
     """The model as a step runs it: compiled and in DDP where wanted."""
     if world.compiles(settings.compile):
         model = torch.compile(model)
-    return DistributedDataParallel(model) if world.size > 1 else model
+    return DistributedDataParallel(model, broadcast_buffers=False) if world.size > 1 else model
 
 
 def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, autocast):
@@ -475,6 +475,8 @@ def check_labels(cached, settings, world):
     tensors, another name (gpt2, openai) must be the one that the labels were made with; an empty one is not asked for."""
     identity, wrong = cached.identity(), []
     loaders = {"teacher": load_teacher, "sae": lambda name, world: TopKSAE.from_checkpoint(load_checkpoint(name, "sae"))}
+    if cached.header["bfloat16"] != world.bfloat16(settings.dtype):
+        wrong.append(f"--dtype {settings.dtype}, the labels were made in {'bfloat16' if cached.header['bfloat16'] else 'float32'}")
     for (key, load), made in zip(loaders.items(), cached.header["made_from"]):
         name = getattr(settings, key)
         same = fingerprint(load(name, world)) == identity[key] if Path(name).is_file() else name in ("", made)
@@ -495,8 +497,8 @@ def single(settings, world):
     if settings.labels == "cached":
         labeler = CachedLabels(settings.data, settings.block_size, settings.labels_name)
         check_labels(labeler, settings, world)
-        teacher, sae = labeler.header["made_from"]
-        settings = replace(settings, teacher=settings.teacher or teacher, sae=settings.sae or sae)  # for the log
+        (teacher, sae), file = labeler.header["made_from"], labeler.header["sae_file"]
+        settings = replace(settings, teacher=teacher, sae=f"openai:{file}" if sae.startswith("openai") else file)  # for the log
     elif settings.mode == "cocomix":
         teacher = load_teacher(settings.teacher, world)
         sae, layer, path = load_sae(settings, teacher, world)
@@ -757,8 +759,8 @@ class BenchSettings:
 
 
 def bench(settings, world):
-    """The command --bench. Medians in ms a step; `mfu` of the datasheet's peak where it is known, and of the rate of a large
-    matrix product measured here; model FLOPs are `flops_per_token`, without those of labels."""
+    """The command --bench. Medians in ms; the student's FLOPs (`flops_per_token`) as a share of the rate of a large matrix
+    product measured here, and as `mfu` of the datasheet's peak where that is known."""
     size = PRESETS[settings.bench] if settings.bench != "tiny" else dict(n_layer=6, n_head=8, n_embd=256, insert_layer=3, block_size=256, ntp={})
     tiny, ntp = settings.bench == "tiny", settings.mode == "ntp"
     shape = dict(block_size=size["block_size"], vocab_size=8192 if tiny else 50257, vocab_multiple=64, n_layer=size["n_layer"], n_head=size["n_head"])
@@ -821,13 +823,14 @@ def bench(settings, world):
             idx.random_(V)
             training_step(model, step_model, optimizer, [(idx, idx.roll(-1, 1), labels)], 1e-4, 1.0, world, autocast)
         label_s, step_s = timed(label, step)
-        a = torch.randn(2048, 2048, device=world.device, dtype=torch.bfloat16 if autocast._enabled else torch.float32)
-        matmul = 2 * 2048 ** 3 / timed(lambda: a @ a)[0]
+        n = 8192 if world.device.type == "cuda" else 2048
+        a = torch.randn(n, n, device=world.device, dtype=torch.bfloat16 if world.bfloat16(settings.dtype) else torch.float32)
+        matmul = 2 * len(a) ** 3 / timed(lambda: a @ a)[0]
         speed = settings.batch * T * world.size / (label_s + step_s)
         flops, peak = model.flops_per_token() * settings.batch * T / step_s, peak_flops(world.device)
         result |= {"tokens": settings.batch * T * world.size, "label_ms": round(1e3 * label_s, 1), "student_ms": round(1e3 * step_s, 1),
                    "tokens_per_s": round(speed), "student_gflop_per_s": round(flops / 1e9), "matmul_gflop_per_s": round(matmul / 1e9),
-                   "mfu": peak and round(flops / peak, 4)}
+                   "share_of_matmul": round(flops / matmul, 3), "mfu": peak and round(flops / peak, 4)}
     if world.device.type == "cuda":
         result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
     else:
