@@ -311,10 +311,12 @@ class CoCoMix(nn.Module):
                                torch.is_grad_enabled())  # inside, gradients are always off
 
     def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None, logits=True):
-        """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count; the loss
-        needs no logits: training leaves them, and concept_logits, out with logits=False. `steer`, broadcastable to (B,T,C), is added to the concept logits before the top-k. With a `cache`
-        (`new_cache`) idx continues the tokens that it has seen. ValueError if T is larger than block_size, or if
-        labels or steering come to a model without concepts."""
+        """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count.
+
+        The loss needs no logits: training leaves them, and concept_logits, out with logits=False. `steer`, broadcastable
+        to (B,T,C), is added to the concept logits before the top-k. With a `cache` (`new_cache`) idx continues the
+        tokens that it has seen. ValueError if T is larger than block_size, or if labels or steering come to a model
+        without concepts."""
         config = self.config
         if config.mix != "concept" and (concept_labels is not None or steer is not None):
             raise ValueError(f"a model of mix={config.mix!r} has no concepts to label or steer: take one of mix='concept'")

@@ -745,7 +745,7 @@ def evaluate_models(settings, world):
 class BenchSettings:
     """Time training steps, generation or SAE steps, on random weights and tokens; prints a line of JSON."""
     bench: Literal["tiny", "69m", "386m", "1.4b"] = "tiny"  # sizes: of the presets; tiny is a model of width 256
-    mode: Literal["cocomix", "cached", "ntp", "pause", "generate", "sae"] = "cocomix"  # labels made in the step, or before; ...
+    mode: Literal["cocomix", "cached", "ntp", "pause", "generate", "sae"] = "cocomix"  # steps (cocomix makes labels in them, cached has them), sampling, SAE steps
     batch: int = 8  # rows a step, of each process
     steps: int = 5  # timed steps, after two to warm up
     device: str = "auto"  # cuda, mps or cpu; auto finds it
