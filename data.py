@@ -635,8 +635,10 @@ def make_if_known(folder, quiet=False):
     """Make data/NAME for a NAME in SOURCES unless it is there: whole shards, of whoever made them."""
     folder = Path(folder)
     if folder.parent == Path("data") and folder.name in SOURCES:
-        if not any(folder.glob("*.bin")) or (folder / "progress.json").exists():
-            prepare(DataSettings(folder.name), quiet)
+        begun = read_json(folder / "progress.json").get("settings")  # go on as it was begun, with as many shards
+        if begun or not any(folder.glob("*.bin")):
+            begun = {f.name: begun[f.name] for f in fields(DataSettings)} if begun else {"source": folder.name}
+            prepare(DataSettings(**begun), quiet)
 
 
 # ---- shards to batches -------------------------------------------------------------------------------------

@@ -1011,6 +1011,16 @@ def test_fineweb_shards_are_downloaded_as_they_are(origin, tmp_path, monkeypatch
                          (DataSettings("fineweb100B", str(tmp_path / "o"), shards=2), "shards of fineweb:")):  # its files have the same names
         with pytest.raises(ValueError, match=words):
             prepare(other, quiet=True)
+    monkeypatch.chdir(tmp_path)
+    missing = origin.files.pop(base + "fineweb_train_000002.bin")
+    with pytest.raises(FileNotFoundError):
+        prepare(DataSettings("fineweb", shards=2), quiet=True)
+    origin.files[base + "fineweb_train_000002.bin"] = missing
+    data_module.make_if_known("data/fineweb", quiet=True)  # what train.py does: it goes on with the two shards asked for, not with all
+    assert len(Windows("data/fineweb", "train", 9)) == 10 and not Path("data/fineweb/progress.json").exists()
+    origin.asked.clear()
+    data_module.make_if_known("data/fineweb", quiet=True)
+    assert not origin.asked
     third = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_train_000003.bin"
     origin.files[third] = b"<html>sorry</html>" * 100  # a server's excuse does not stay as a shard
     with pytest.raises(ValueError, match="no token shard"):
