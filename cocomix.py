@@ -58,6 +58,7 @@ class CoCoMixConfig:
     n_embd: int = 768  # D
     mix: Literal["none", "pause", "concept"] = "concept"  # after each token: nothing, a learned vector, its concept
     insert_layer: int = 5  # that vector enters before this block (0-based); unused by mix none
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # the method; ablations: h + c; concepts predicted only
     n_concepts: int = 32768  # C: latents of the SAE that labels the tokens
     k_concepts: int = 32  # K: concepts kept in TopK(z)
     concept_weight: float = 0.1  # weight of the concept loss in equation (5)
@@ -74,6 +75,10 @@ class CoCoMixConfig:
         if self.mix != "none" and not 0 <= self.insert_layer < self.n_layer:
             raise ValueError(f"insert_layer={self.insert_layer} names no block of {self.n_layer}: "
                              f"take 0 to {self.n_layer - 1}")
+        if self.insertion not in ("interleave", "add", "none"):
+            raise ValueError(f"insertion={self.insertion!r} is none of interleave, add, none")
+        if self.insertion != "interleave" and (self.mix != "concept" or self.concept_residual):
+            raise ValueError(f"insertion={self.insertion!r} is for mix concept without concept_residual: leave it out")
         if self.mix == "concept" and not 1 <= self.k_concepts <= self.n_concepts:
             raise ValueError(f"k_concepts={self.k_concepts} must lie between 1 and n_concepts={self.n_concepts}")
 
@@ -260,7 +265,8 @@ class CoCoMix(nn.Module):
         if config.mix == "concept":
             self.pre_bias = nn.Parameter(torch.zeros(config.n_embd))  # b_pre
             self.concept_predictor = nn.Linear(config.n_embd, config.n_concepts)  # W_p, b_p
-            self.compress_layer = CompressLayer(config.n_concepts, config.n_embd)  # W_c, b_c
+            if config.insertion != "none":
+                self.compress_layer = CompressLayer(config.n_concepts, config.n_embd)  # W_c, b_c
             # Largest logit of each concept on validation text, the unit of steering: train.py fills it in.
             self.register_buffer("concept_max", torch.ones(config.n_concepts))
         elif config.mix == "pause":
@@ -310,6 +316,31 @@ class CoCoMix(nn.Module):
         return TokenLoss.apply(self.ln_f(x).flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size,
                                torch.is_grad_enabled())  # inside, gradients are always off
 
+    def hidden(self, idx, steer=None, cache=None):
+        """idx (B,T) -> h (B,T,D) after the last block, and z (B,T,C) or None: equations (1) to (4)."""
+        config = self.config
+        doubled = config.mix != "none" and config.insertion == "interleave"  # above the insertion: two positions a token
+        h, z = self.embed(idx, cache["tokens"] if cache else 0), None
+        for i, block in enumerate(self.h):
+            if config.mix != "none" and i == config.insert_layer:
+                if config.mix == "pause":
+                    c = self.pause.expand_as(h)
+                else:
+                    z, mu, std = self.predict_concepts(h)
+                    if config.insertion != "none":
+                        c = self.mix_concepts(z if steer is None else z + steer, mu, std)
+                if config.concept_residual:
+                    c = h + c
+                if config.insertion == "interleave":
+                    h = interleave(h, c.to(h.dtype))  # (B,2T,D): no new positions, the usual causal mask over 2T
+                elif config.insertion == "add":
+                    h = h + c.to(h.dtype)
+            run = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and not cache else block
+            h = run(h, doubled and i == config.n_layer - 1, cache["past"][i] if cache else None)
+        if cache:
+            cache["tokens"] += idx.size(1)
+        return h, z
+
     def forward(self, idx, targets=None, concept_labels=None, steer=None, cache=None, logits=True):
         """idx, targets (B,T), concept_labels (B,T,n), all int64 -> Output. Targets and labels of -1 do not count.
 
@@ -317,33 +348,25 @@ class CoCoMix(nn.Module):
         to (B,T,C), is added to the concept logits before the top-k. With a `cache` (`new_cache`) idx continues the
         tokens that it has seen. ValueError if T is larger than block_size, or if labels or steering come to a model
         without concepts."""
-        config = self.config
-        if config.mix != "concept" and (concept_labels is not None or steer is not None):
-            raise ValueError(f"a model of mix={config.mix!r} has no concepts to label or steer: take one of mix='concept'")
-        h, z = self.embed(idx, cache["tokens"] if cache else 0), None
-        for i, block in enumerate(self.h):
-            if config.mix != "none" and i == config.insert_layer:
-                if config.mix == "concept":
-                    z, mu, std = self.predict_concepts(h)
-                    c = self.mix_concepts(z if steer is None else z + steer, mu, std)
-                else:
-                    c = self.pause.expand_as(h)
-                if config.concept_residual:
-                    c = h + c
-                h = interleave(h, c.to(h.dtype))  # (B,2T,D): no new positions, the usual causal mask over 2T
-            run = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and not cache else block
-            h = run(h, config.mix != "none" and i == config.n_layer - 1, cache["past"][i] if cache else None)
-        if cache:
-            cache["tokens"] += idx.size(1)
-
+        if self.config.mix != "concept" and concept_labels is not None:
+            raise ValueError(f"a model of mix={self.config.mix!r} has no concepts to label: take one of mix='concept'")
+        if steer is not None:
+            self.check_steerable()
+        h, z = self.hidden(idx, steer, cache)
         loss = ntp_loss = l_concept = None
         if targets is not None:
             loss = ntp_loss = self.token_loss(h, targets) / (targets >= 0).sum().clamp(min=1)
         if concept_labels is not None:
             l_concept = concept_loss(z, concept_labels)
-            loss = config.concept_weight * l_concept + (0 if ntp_loss is None else ntp_loss)
+            loss = self.config.concept_weight * l_concept + (0 if ntp_loss is None else ntp_loss)
         z = z if logits or targets is None else None  # a training step hands out nothing that it need not differentiate
         return Output(loss, ntp_loss, l_concept, self.head(h) if logits else None, z)
+
+    def check_steerable(self):
+        """ValueError unless concepts are mixed into this model."""
+        if self.config.mix != "concept" or self.config.insertion == "none":
+            raise ValueError(f"a model of mix={self.config.mix!r}, insertion={self.config.insertion!r} mixes in no concepts to "
+                             "steer: take one of mix='concept'")
 
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------
 
@@ -395,8 +418,7 @@ class CoCoMix(nn.Module):
         The absolute value, since the largest logit of a rare concept can be negative: plus must mean more.
 
         ValueError for a model without concepts, a concept it lacks, or a strength that is no finite number."""
-        if self.config.mix != "concept":
-            raise ValueError(f"a model of mix={self.config.mix!r} has no concepts to steer: take one of mix='concept'")
+        self.check_steerable()
         delta = torch.zeros(length, self.config.n_concepts, device=self.concept_max.device)
         for concept, strength in steer.items():
             if not 0 <= concept < self.config.n_concepts:
@@ -434,16 +456,16 @@ class CoCoMix(nn.Module):
         """Training FLOPs a token of a full block costs: 3 x the forward products, two a multiply-add.
 
         Attention counts the full square, causal or not, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do.
-        Above the insertion a token has two positions that attend to 2T. Making labels is not counted."""
+        Above an interleaving a token has two positions that attend to 2T. Making labels is not counted."""
         c = self.config
-        D, T, inserted = c.n_embd, c.block_size, c.mix != "none"
-        below, above = (c.insert_layer, c.n_layer - c.insert_layer) if inserted else (c.n_layer, 0)
+        D, T, doubled = c.n_embd, c.block_size, c.mix != "none" and c.insertion == "interleave"
+        below, above = (c.insert_layer, c.n_layer - c.insert_layer) if doubled else (c.n_layer, 0)
         forward = below * (24 * D * D + 4 * T * D) + above * 2 * (24 * D * D + 4 * 2 * T * D)
         forward += 2 * D * len(self.wte.weight)
-        if inserted:
+        if doubled:
             forward -= 18 * D * D  # the last block's c_proj (2 D^2) and MLP (16 D^2) at the token positions
         if c.mix == "concept":
-            forward += 2 * D * c.n_concepts + 2 * D * c.k_concepts
+            forward += 2 * D * c.n_concepts + 2 * D * c.k_concepts * (c.insertion != "none")
         return 3 * forward
 
 
@@ -599,11 +621,13 @@ def show_concepts(model, z, words, entries, ckpt):
     """Print the four strongest concepts of z (T,C) at each word, which concepts the model uses, and how often it is right."""
     for word, logits, ids in zip(words, *(t.tolist() for t in z.topk(min(4, z.size(-1))))):
         print(f"{word!r:<10} " + " | ".join(f"{i} ({x:.1f}) {in_words(entries[i])}" for i, x in zip(ids, logits)))
-    norms = model.compress_layer.weight.detach().norm(dim=-1)
-    most = norms.topk(min(5, len(norms))).indices.tolist()
-    print(f"\nEach: concept (logit) tokens it fires on > tokens that follow. Of the {len(norms)} concepts, those with the "
-          f"largest norm in the compression layer are {', '.join(f'{i} ({norms[i]:.2f})' for i in most)}; "
-          f"{(norms < norms.max() / 100).float().mean():.1%} are ignored (below a hundredth of the largest).")
+    print("\nEach: concept (logit) tokens it fires on > tokens that follow.")
+    if model.config.insertion != "none":
+        norms = model.compress_layer.weight.detach().norm(dim=-1)
+        most = norms.topk(min(5, len(norms))).indices.tolist()
+        print(f"Of the {len(norms)} concepts, those with the largest norm in the compression layer are "
+              f"{', '.join(f'{i} ({norms[i]:.2f})' for i in most)}; {(norms < norms.max() / 100).float().mean():.1%} are ignored "
+              "(below a hundredth of the largest).")
     if ckpt["agreement"]:  # measured when it was saved, the teacher being at hand
         n, agreement = ckpt["identity"]["labels"]["n_labels"], ckpt["agreement"]
         print(f"On validation text {agreement['precision']:.1%} of its {n} strongest concepts are among the teacher's {n} "
@@ -662,6 +686,8 @@ def main():
     if (steer or settings.inspect is not None or settings.study) and model.config.mix != "concept":
         raise ValueError(f"{settings.ckpt} is a model of mix={model.config.mix!r} and has no concepts to inspect or "
                          "steer: train one that has with `python train.py`")
+    if steer or settings.study:
+        model.check_steerable()
     if bool(steer) + (settings.inspect is not None) + settings.study > 1:
         raise ValueError("--steer, --inspect and --study are three questions: ask one at a time")
     for concept in [*steer, *([] if settings.inspect in (None, -1) else [settings.inspect])]:
