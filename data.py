@@ -60,7 +60,7 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
     """An instance of the frozen dataclass `cls` from the command line.
 
     One flag a field, of its type and default, its comment as help; `Literal` gives choices, a flag of type
-    tuple[X, ...] can be repeated, one of type Optional[int] can stand alone, which means -1. `presets`
+    tuple[X, ...] can be repeated, or takes several words where there is no positional argument, one of type Optional[int] can stand alone, which means -1. `presets`
     {name: {field: value}} adds --preset, whose values other flags override; in it {mode: {field: value}} holds with
     that --mode. A wrong flag or value ends the program with what would be right. In flags - and _ are the same."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -80,7 +80,8 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
         elif get_origin(kind) is Literal:
             extra["choices"] = get_args(kind)
         elif get_origin(kind) is tuple:
-            extra.update(action="append", type=get_args(kind)[0], metavar="...")
+            many = {"action": "append"} if positional else {"action": "extend", "nargs": "+"}  # many words would swallow a positional
+            extra.update(**many, type=get_args(kind)[0], metavar="...")
         elif get_origin(kind) is Union:  # Optional[int]
             extra.update(nargs="?", const=-1, type=get_args(kind)[0], metavar="...")
         else:

@@ -176,7 +176,7 @@ def loss_from(teacher, r, targets, layer):
 def check_pair(teacher, layer, sae=None):
     """ValueError unless `teacher` is a plain GPT that has block `layer` and the width that `sae` reads."""
     if teacher.config.mix != "none":
-        raise ValueError(f"the teacher is a model of mix={teacher.config.mix!r}; labels need a plain GPT, as "
+        raise ValueError(f"the teacher is a model of mix={teacher.config.mix!r}; it must be a plain GPT, as "
                          "`python train.py --mode ntp` trains one")
     if not 0 <= layer < teacher.config.n_layer:
         raise ValueError(f"layer={layer} names no block of a teacher with {teacher.config.n_layer}: take 0 to "
@@ -184,6 +184,16 @@ def check_pair(teacher, layer, sae=None):
     if sae is not None and sae.pre_bias.numel() != teacher.config.n_embd:
         raise ValueError(f"the SAE reads vectors of width {sae.pre_bias.numel()}, the teacher's are "
                          f"{teacher.config.n_embd} wide: train one for it with `python sae.py --teacher CKPT`")
+
+
+def check_teacher_reads(teacher, block_size, vocab_size):
+    """ValueError unless the teacher is a plain GPT that reads blocks of that many tokens of that vocabulary."""
+    check_pair(teacher, 0)
+    if teacher.config.vocab_size != vocab_size:
+        raise ValueError(f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the data's {vocab_size}: train the "
+                         "teacher on data of the same tokenizer")
+    if teacher.config.block_size < block_size:
+        raise ValueError(f"--block_size {block_size} is longer than the teacher's {teacher.config.block_size}: lower it")
 
 
 # ---- concept labels ----------------------------------------------------------------------------------------
@@ -248,12 +258,7 @@ class Labeler:
 
     def check(self, block_size, vocab_size):
         """ValueError unless the teacher reads blocks of that many tokens of that vocabulary."""
-        config = self.teacher.config
-        if config.vocab_size != vocab_size:
-            raise ValueError(f"the teacher's vocabulary has {config.vocab_size} tokens, the data's {vocab_size}: train the "
-                             "teacher on data of the same tokenizer")
-        if config.block_size < block_size:
-            raise ValueError(f"--block_size {block_size} is longer than the teacher's {config.block_size}: lower it")
+        check_teacher_reads(self.teacher, block_size, vocab_size)
 
     def identity(self):
         """What the labels depend on, in plain types: a run remembers it and refuses to go on with other labels."""
