@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ import sys
 import tarfile
 import threading
 import time
+import types
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional
@@ -31,7 +34,7 @@ from cocomix import CoCoMix, CoCoMixConfig, concept_loss, interleave, load_hf, s
 from data import (DataSettings, Interrupt, Log, Windows, World, fetch, get_tokenizer, load_checkpoint, open_shard, parse, prepare, read_pieces, save_checkpoint)
 from sae import (Labeler, SAEOutput, SAESettings, Strongest, TopKSAE, attribution, concept_labels, evaluate_sae, fingerprint, load_openai, loss_from, residual,
                  train_sae)
-from train import PRESETS, TrainSettings, evaluate, learning_rate, pipeline, report, tokens_to, train
+from train import PRESETS, Distilled, ReportSettings, TrainSettings, compare, evaluate, learning_rate, pipeline, report_runs, student_t, tokens_to, train
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny tensors: threads only cost, and bit-exact comparisons need a fixed number
@@ -92,17 +95,20 @@ def slow_gpt(model, idx):
                     kept = np.zeros_like(z)
                     winners = np.argsort(-z)[:c.k_concepts]
                     kept[winners] = z[winners]
-                    vector = (w["compress_layer.weight"].T @ kept + w["compress_layer.bias"] + w["pre_bias"]) * std + mu
                     zs.append(z)
-                mixed += [h, h + vector if c.concept_residual else vector]
-            xs = mixed
+                    if c.insertion == "none":
+                        continue
+                    vector = (w["compress_layer.weight"].T @ kept + w["compress_layer.bias"] + w["pre_bias"]) * std + mu
+                mixed += [h + vector] if c.insertion == "add" else [h, h + vector if c.concept_residual else vector]
+            xs = mixed or xs
         xs = block(xs, i)
-    xs = xs if c.mix == "none" else xs[1::2]
+    xs = xs[1::2] if len(xs) > len(idx) else xs
     return np.stack([w["wte.weight"] @ norm(x, "ln_f") for x in xs]), np.stack(zs) if zs else None
 
 
 @pytest.mark.parametrize("mix,changes", [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0}), ("concept", {"insert_layer": 3}),
-                                         ("concept", {"concept_residual": True}), ("pause", {"concept_residual": True})])
+                                         ("concept", {"concept_residual": True}), ("pause", {"concept_residual": True}),
+                                         ("concept", {"insertion": "add"}), ("concept", {"insertion": "none"})])
 def test_model_is_the_slow_loop(mix, changes):
     model, idx = small(mix, **changes), tokens(2, T)
     out = model(idx)
@@ -155,6 +161,11 @@ def test_token_loss_trains_the_concept_predictor():
         assert p.grad is not None and p.grad.abs().sum() > 0, name
     chosen = model.concept_predictor.bias.grad != 0  # only winners pass the top-k
     assert 5 <= chosen.sum() < 64
+    ablated = small(insertion="none")  # concepts are predicted, but nothing of them goes on
+    ablated(tokens(2, T), tokens(2, T, seed=1)).ntp_loss.backward()
+    assert ablated.concept_predictor.weight.grad is None and not hasattr(ablated, "compress_layer")
+    with pytest.raises(ValueError, match="insertion='none'"):
+        ablated.generate(tokens(1, 3), 1, steer={0: 1.0})
 
 
 def test_sparse_mixing_is_dense_mixing():
@@ -242,11 +253,11 @@ def test_one_overflow_among_the_losers_does_no_harm():
 def test_flops_are_those_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    for mix in ("none", "pause", "concept"):
-        model = small(mix)
+    for mix, changes in (("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insertion": "add"}), ("concept", {"insertion": "none"})):
+        model = small(mix, **changes)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
             model(tokens(1, T))
-        mixing = 2 * D * SMALL["k_concepts"] if mix == "concept" else 0  # torch does not count embedding_bag
+        mixing = 2 * D * SMALL["k_concepts"] if hasattr(model, "compress_layer") else 0  # torch does not count embedding_bag
         assert model.flops_per_token() == 3 * (counter.get_total_flops() / T + mixing)
 
 
@@ -295,7 +306,7 @@ def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
     assert model.compress_layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize("mix,changes", [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0, "concept_residual": True})])
+@pytest.mark.parametrize("mix,changes", [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0, "concept_residual": True}), ("concept", {"insertion": "add"})])
 @pytest.mark.parametrize("length", [1, 2, 7, T, T + 3])
 def test_generation_with_the_cache_is_generation_without(mix, changes, length):
     """Token for token, prompts of one token and more, batches, and past block_size, where the window slides."""
@@ -348,7 +359,8 @@ def test_steering_adds_to_one_logit_at_generated_positions_only():
 
 
 @pytest.mark.parametrize("changes,words", [({"insert_layer": 4}, "insert_layer=4"), ({"insert_layer": -1}, "insert_layer"), ({"k_concepts": 65}, "k_concepts"),
-                                           ({"n_head": 5}, "n_embd=32"), ({"mix": "stir"}, "stir"), ({"n_layer": 0}, "below 1")])
+                                           ({"n_head": 5}, "n_embd=32"), ({"mix": "stir"}, "stir"), ({"insertion": "stir"}, "stir"),
+                                           ({"mix": "pause", "insertion": "add"}, "insertion='add'"), ({"n_layer": 0}, "below 1")])
 def test_impossible_models_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         CoCoMixConfig(**{**SMALL, **changes})
@@ -1120,13 +1132,15 @@ def test_command_line(capsys):
     ("69m", (8, 512, 8, 624, 3), (6e-4, 6e-5, 130, 40_000, 524_288), (68.3e6, 69.4e6)), ("386m", (24, 1024, 16, 1072, 5), (3e-4, 3e-5, 130, 40_000, 524_288), (389e6, 387e6)),
     ("1.4b", (24, 2048, 16, 2096, 5), (2e-4, 2e-5, 65, 20_000, 1_048_576), (1.38e9, 1.38e9))])
 def test_presets_are_the_papers(name, sizes, training, parameters):
-    ours, ntp, pause = (parse(TrainSettings, ["--preset", name, *mode], presets=PRESETS, preset="tiny") for mode in ([], ["--mode", "ntp"], ["--mode=pause"]))
+    ours, ntp, pause, kd = (parse(TrainSettings, ["--preset", name, *mode], presets=PRESETS, preset="tiny")
+                            for mode in ([], ["--mode", "ntp"], ["--mode=pause"], ["--mode=kd"]))
     assert (ours.n_layer, ours.n_embd, ours.n_head, ntp.n_embd, ours.insert_layer) == sizes and pause.n_embd == ours.n_embd
     for s in (ours, ntp, pause):
         assert (s.lr, pytest.approx(s.min_lr), s.warmup, s.steps, s.batch_tokens) == training and (s.weight_decay, s.beta1, s.beta2, s.grad_clip) == (0.1, 0.9, 0.95, 1.0)
         assert s.block_size == 1024 and s.data == "data/openwebtext" and s.batch_tokens % (8 * s.micro_batch * 1024) == 0
     assert (ours.mode, ours.teacher, ours.sae, ours.sae_layer, ours.concept_weight, ours.k_concepts, ours.n_labels) == ("cocomix", "gpt2", "openai", 5, 0.1, 32, 4)
-    assert (ntp.mode, ntp.teacher, ntp.sae) == ("ntp", "", "") and len({ours.out, ntp.out, pause.out}) == 3
+    assert (ntp.mode, ntp.teacher, ntp.sae) == ("ntp", "", "") and len({ours.out, ntp.out, pause.out, kd.out}) == 4
+    assert (kd.mode, kd.teacher, kd.sae, kd.n_embd, kd.lr) == ("kd", "gpt2", "", ntp.n_embd, ntp.lr)
     assert parse(TrainSettings, ["--preset", name, "--mode", "ntp", "--n_embd", "96"], presets=PRESETS, preset="tiny").n_embd == 96  # a flag is stronger
     counts = []
     for s, extra in ((ours, dict(insert_layer=s.insert_layer, n_concepts=32768)), (ntp, dict(mix="none"))):
@@ -1145,12 +1159,15 @@ def test_flags_that_repeat_or_stand_alone():
         inspect: Optional[int] = None  # may stand alone
     assert parse(Many, []) == Many() and parse(Many, ["--inspect"]) == Many(inspect=-1)
     assert parse(Many, ["--steer", "17=+8", "--inspect", "3", "--steer=4=-2"]) == Many(("17=+8", "4=-2"), 3)
+    assert parse(Many, ["--steer", "17=+8", "4=-2", "--inspect", "3", "--steer=1=1"]) == Many(("17=+8", "4=-2", "1=1"), 3)
 
 
 @pytest.mark.parametrize("argv,words", [(["--mode", "cocomix"], "--teacher"), (["--mode", "ntp", "--sae", "x"], "no --teacher or --sae"),
                                         (["--batch_tokens", "1000"], "take 896"), (["--steps", "0"], "at least 1"), (["--lr", "-1"], "--lr"),
                                         (["--insert_layer", "6"], "take 0 to 5"), (["--sae_layer", "6"], "take 0 to 5"), (["--micro_batch", "-4"], "0 or more"),
-                                        (["--k_concepts", "3"], "--n_labels 4"), (["--n_concepts", "9"], "--n_concepts 9"), (["--seed", "-1"], "0 or more")])
+                                        (["--k_concepts", "3"], "--n_labels 4"), (["--n_concepts", "9"], "--n_concepts 9"),
+                                        (["--mode", "kd"], "--mode kd needs --teacher"), (["--mode", "kd", "--teacher", "x", "--sae", "y"], "takes no --sae"),
+                                        (["--insertion", "add"], "--insertion add"), (["--kd_weight", "-1"], "0 or more"), (["--seed", "-1"], "0 or more")])
 def test_impossible_training_settings_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse(TrainSettings, argv, presets=PRESETS, preset="tiny")
@@ -1439,9 +1456,6 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_its_minimum():
 def test_tokens_to_reach_a_loss_are_interpolated():
     log = [{"tokens": t, "val_loss": v} for t, v in ((0, 5.0), (100, 3.0), (150, None), (200, 2.0))]
     assert tokens_to(2.5, log) == 150 and tokens_to(3.0, log) == 100 and tokens_to(1.9, log) is None and tokens_to(9.0, log) == 0
-    base = [{"tokens": 0, "val_loss": 5.0, "parameters": 7}, {"tokens": 200, "val_loss": 2.5, "seconds": 4.0}]
-    table = report({"NTP": base, "CoCoMix": [{**base[0]}, {"tokens": 200, "val_loss": 1.25, "seconds": 8.0}], "worse": [{**base[0]}, {"tokens": 200, "val_loss": 3.0, "seconds": 8.0}]})
-    assert "133 (33.3% fewer)" in table and "not reached" in table and table.count("\n") == 4
 
 
 def test_the_whole_pipeline_shrunk(corpus, tmp_path, capsys):
@@ -1451,7 +1465,7 @@ def test_the_whole_pipeline_shrunk(corpus, tmp_path, capsys):
     for name in ("ntp", "sae", "cocomix", "cocomix_residual"):
         assert (tmp_path / "tiny" / name / "ckpt.pt").is_file() and (tmp_path / "tiny" / name / "log.jsonl").is_file()
     table = (tmp_path / "tiny" / "report.md").read_text()
-    assert re.findall(r"^\| (\w[\w ]*?) \|", table, re.M) == ["model", "NTP", "CoCoMix", "CoCoMix residual"] and table.strip() in first
+    assert re.findall(r"^\| (\w[\w ]*?) \|", table, re.M) == ["run", "NTP", "CoCoMix", "CoCoMix residual"] and table.strip() in first
     record = json.loads((tmp_path / "tiny" / "cocomix" / "log.jsonl").read_text().splitlines()[-1])
     assert set(record) >= {"step", "tokens", "ntp_loss", "concept_loss", "val_loss", "lr", "grad_norm", "tok_per_s", "mfu", "seconds"}
     pipeline(base, World("cpu"))
@@ -1489,11 +1503,202 @@ def test_mode_all_goes_on_where_it_was_stopped(corpus, tmp_path, monkeypatch):
     for name in ("cocomix", "cocomix_residual"):
         a, b = weights(tmp_path / "a" / name), weights(tmp_path / "whole" / name)
         assert all(torch.equal(a[k], b[k]) for k in b)
-    table = report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]})
+    table = compare({"NTP": {0: load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}}, "NTP")
     with pytest.raises(FloatingPointError):
         pipeline(replace(base, lr=1e30, min_lr=1e30, warmup=0, grad_clip=0.0), world)
     pipeline(base, world)
-    assert report({"NTP": load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}) == table
+    assert compare({"NTP": {0: load_checkpoint(tmp_path / "a" / "ntp" / "ckpt.pt", "model")["log"]}}, "NTP") == table
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+def test_distillation_is_its_definition():
+    """Losses and every gradient against full logits and autograd, with padded vocabularies, a longer teacher and chunks that do not divide."""
+    student, targets = small("none", vocab_multiple=64), tokens(3, T, seed=1)
+    teacher = small("none", seed=5, block_size=2 * T, n_layer=3, n_embd=24, vocab_multiple=32).requires_grad_(False)
+    targets[0, :5] = -1
+    out = Distilled(student, teacher, 0.7)(tokens(3, T), targets)
+    out.loss.backward()
+    got, idx = [p.grad.clone() for p in student.parameters()], tokens(3, T)
+    student.zero_grad()
+    ours, theirs = student(idx).logits, teacher(idx).logits
+    ntp, q = F.cross_entropy(ours.flatten(0, 1), targets.flatten(), ignore_index=-1), theirs.softmax(-1)
+    kl = (q * (q.log() - ours.log_softmax(-1))).sum(-1).mean()
+    (ntp + 0.7 * kl).backward()
+    assert out.ntp_loss.item() == pytest.approx(ntp.item(), rel=1e-5) and out.concept_loss.item() == pytest.approx(kl.item(), rel=1e-5)
+    for a, p in zip(got, student.parameters()):
+        assert torch.allclose(a, p.grad, atol=1e-4 * p.grad.abs().max().item())
+    x, w, soft_x, soft_w = torch.randn(11, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(11, 6), torch.randn(19, 6)
+    whole = [f.clone() for f in torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w, 17), (x, w))]
+    parts = torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w, 17, chunk=4), (x, w))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts)) and w.grad is None and not whole[1][17:].any()
+    same = Distilled(student, student, 1.0)(idx, targets)
+    assert abs(same.concept_loss.item()) < 1e-6  # a student that is its teacher has nothing to learn from it
+
+
+def test_distillation_holds_no_logits():
+    teacher, student, held, idx = small("none").requires_grad_(False), small("none", seed=1), [], tokens(8, T)
+
+    def pack(x):
+        held.append(x.shape)
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        Distilled(student, teacher, 1.0)(idx, idx)
+    assert held and not any(8 * T * V <= math.prod(shape) for shape in held)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_distillation_trains_resumes_and_is_the_same_on_two_processes(corpus, trained, tmp_path, processes):
+    flags = dict(mode="kd", teacher=str(trained / "ntp" / "ckpt.pt"), kd_weight=2.0)
+    if processes == 2:
+        done = launch(command(corpus, tmp_path / "o", micro_batch=2, **flags), processes=2)
+        assert done.returncode == 0 and "kl " in done.output, done.output
+    else:
+        for resume, steps in ((False, 7), (True, 12)):  # a schedule of 12 steps, left at the 7th
+            stop = Interrupt.asked
+            calls = iter(range(99))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Interrupt, "asked", lambda self: stop(self) if resume else setattr(self, "number", signal.SIGTERM * (next(calls) >= 6)) or stop(self))
+                with suppress(SystemExit):
+                    train_module.single(settings(corpus, tmp_path / "o", resume=resume, **flags), World("cpu"))
+            assert load_checkpoint(tmp_path / "o" / "ckpt.pt", "model")["step"] == steps
+    plain = tmp_path / "plain"
+    train_module.single(settings(corpus, plain, **flags), World("cpu"))
+    a, b = weights(tmp_path / "o"), weights(plain)
+    assert all(torch.equal(a[k], b[k]) if processes == 1 else torch.allclose(a[k], b[k], atol=2e-5) for k in b)
+    kl = [x for x, in lines(plain, "kd_loss") if x is not None]
+    assert kl == pytest.approx([x for x, in lines(tmp_path / "o", "kd_loss") if x is not None], rel=1e-3) and len(kl) == 12 and kl[-1] < kl[0]
+    assert load_checkpoint(plain / "ckpt.pt", "model")["config"]["mix"] == "none"  # what it leaves is a plain GPT
+
+
+def test_distillation_refuses_teachers_that_do_not_fit(corpus, trained, tmp_path):
+    numbered(tmp_path / "words", [400], vocab=500)
+    (tmp_path / "words" / "val_0.bin").write_bytes((tmp_path / "words" / "x_train_000000.bin").read_bytes())
+    flags = dict(mode="kd", teacher=str(trained / "ntp" / "ckpt.pt"))
+    for changes, words in ((dict(data=str(tmp_path / "words")), "vocabulary has 257 tokens, the data's 500"), (dict(block_size=2 * T), "longer than the teacher's 16"),
+                           (dict(teacher=str(trained / "sae" / "ckpt.pt")), "kind 'sae'"), (dict(teacher=str(tmp_path / "no.pt")), "no checkpoint file")):
+        with pytest.raises((ValueError, OSError), match=words):
+            train_module.single(settings(corpus, tmp_path / "o", **{**flags, **changes}), World("cpu"))
+    assert not (tmp_path / "o").exists()
+    pause = CoCoMix(CoCoMixConfig(**{**SMALL, "mix": "pause"}))
+    with pytest.raises(ValueError, match="plain GPT"):
+        train(settings(corpus, tmp_path / "o", **flags), World("cpu"), teacher=pause)
+    train_module.single(settings(corpus, tmp_path / "o", **flags), World("cpu"))
+    with pytest.raises(ValueError, match="kd_weight"):
+        train_module.single(settings(corpus, tmp_path / "o", kd_weight=3.0, resume=True, **flags), World("cpu"))
+
+
+# ---- reports ---------------------------------------------------------------------------------------------------------
+
+def write_log(out, losses, seed=0, step_tokens=100, **changes):
+    """A made-up run's log: validation losses at 0, 100, 200, ... tokens, a step each."""
+    first = {"parameters": 1000, "flops_per_token": 50, "processes": 1, "tokenizer": "byte", "val_data": "ab",
+             "settings": {"mode": "ntp", "lr": 1.0, "seed": seed, "out": str(out), "teacher": "", "sae": "", "block_size": 16, "eval_tokens": 64, "steps": len(losses) - 1, **changes}}
+    Path(out).mkdir(parents=True)
+    records = [{"step": i, "tokens": i * step_tokens, "val_loss": x, "seconds": 2.0 * i} for i, x in enumerate(losses)]
+    records[0] |= first
+    records.insert(1, {"step": 0, "tokens": 50, "ntp_loss": 9.0, "val_loss": None, "seconds": 1.0})
+    (Path(out) / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def cells(text):
+    return {row[0].strip("`"): row[1:] for row in ([c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| "))}
+
+
+def test_a_report_on_made_up_logs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for seed, end in enumerate((2.0, 2.2, 2.1)):
+        write_log(f"out/ntp_{seed}", [5.0, 3.0, end], seed)
+        write_log(f"out/mix_{seed}", [5.0, 2.5, end - (0.5, 0.3, 0.4)[seed]], seed, mode="cocomix", teacher="out/ntp_0/ckpt.pt")  # ahead by 0.4 on average
+    write_log("out/worse", [5.0, 4.0, 3.0], mode="pause")
+    write_log("out/other", [5.0, 2.0], seed=7, lr=2.0)  # no seed in common with the baseline
+    report_runs(ReportSettings(("out/ntp_0/", "out/mix_0", "out/ntp_1", "out/mix_1", "out/mix_2", "out/ntp_2", "out/worse", "out/other")))
+    found = cells(capsys.readouterr().out)
+    assert list(found) == ["run", "out/ntp_*", "out/mix_*", "out/worse", "out/other"] and found["run"][-2] == "difference to `out/ntp_*`"
+    assert found["out/ntp_*"] == ["3", "1,000", "200", "1.00e+04", "4 s", "2.1000 ± 0.1000", "-", "-"]
+    half = 4.302652730 * 0.1 / math.sqrt(3)  # Student's t for two degrees of freedom, from a printed table
+    assert found["out/mix_*"][5:7] == ["1.7000 ± 0.2000", f"-0.4000 [{-0.4 - half:+.4f}, {-0.4 + half:+.4f}]"]
+    # from 2.5 at 100 tokens to 1.5, 1.9, 1.7 at 200: it is at 2.0, 2.2, 2.1 after 150 tokens, a quarter fewer
+    assert found["out/mix_*"][7] == "25.0 ± 0.0 %" and found["out/worse"][6:] == ["+1.0000", "not reached"] and found["out/other"][6:] == ["-", "-"]
+    report_runs(ReportSettings(("out/ntp_0", "out/worse", "out/mix_1", "out/mix_0"), baseline="out/worse"))
+    found = cells(capsys.readouterr().out)
+    assert found["out/ntp_0"][6:] == ["-1.0000", "50.0 %"] and found["out/worse"][6] == "-" and found["out/mix_*"][6] == "-1.5000"  # one pair: no interval
+    write_log("out/late_1", [5.0, 4.0, 2.0, 1.9], 1, mode="late")  # reaches 2.2 after 190 of the baseline's 200 tokens, but never 2.0 less
+    write_log("out/late_0", [5.0, 4.0, 3.0, 2.5], 0, mode="late")
+    report_runs(ReportSettings(("out/ntp_0", "out/ntp_1", "out/late_0", "out/late_1")))
+    assert cells(capsys.readouterr().out)["out/late_*"][7] == "5.0 % (1 of 2 seeds)"
+
+
+def test_runs_of_several_seeds_with_their_own_teachers_are_one_row(tmp_path, capsys):
+    for seed in (0, 1):
+        folder = tmp_path / f"seed{seed}"
+        write_log(folder / "cocomix", [3.0, 2.0], seed, mode="cocomix", teacher=str(folder / "ntp" / "ckpt.pt"), device="cpu" if seed else "cuda")
+    write_log(tmp_path / "third", [3.0, 2.0], 2, mode="cocomix", teacher=str(tmp_path / "seed0" / "ntp" / "ckpt.pt"))
+    report_runs(ReportSettings((str(tmp_path / "seed0" / "cocomix"), str(tmp_path / "seed1" / "cocomix"), str(tmp_path / "third"))))
+    assert list(cells(capsys.readouterr().out))[1:] == [f"{tmp_path}/seed*/cocomix", f"{tmp_path}/third"]
+
+
+@pytest.mark.parametrize("df,t", [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (100, 1.983972)])
+def test_students_t_is_that_of_printed_tables(df, t):
+    assert student_t(df) == pytest.approx(t, rel=1e-3)
+
+
+def test_reports_refuse_what_they_cannot_compare(corpus, tmp_path, capsys):
+    write_log(tmp_path / "a", [3.0, 2.0])
+    log = (tmp_path / "a" / "log.jsonl").read_text()
+    for name, text, words in (("empty", "", "is empty"), ("cut", log[:-9], "line 3 of .*cut.* is damaged"), ("list", "[1]\n" + log, "line 1"),
+                              ("nan", log.replace("2.0", "NaN"), "line 3"), ("sae", '{"step": 5, "tokens": 1, "seconds": 1, "fvu": 0.1}\n', "lacks"),
+                              ("unfinished", log.rsplit("\n", 2)[0] + "\n", "at step 0 of 1.*--resume")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=words):
+            report_runs(ReportSettings((str(tmp_path / "a"), str(tmp_path / name))))
+    for name, changes, words in (("bpe", {"tokenizer": "gpt2"}, "different tokenizers, byte and gpt2"), ("text", {"val_data": "cd"}, "validation texts"),
+                                 ("window", {"block_size": 32}, "--block_size"), ("share", {"eval_tokens": 128}, "--eval_tokens")):
+        write_log(tmp_path / name, [3.0, 2.0], 1)
+        changed = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        (changed[0] if next(iter(changes)) in changed[0] else changed[0]["settings"]).update(changes)
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+        with pytest.raises(ValueError, match=words):
+            report_runs(ReportSettings((str(tmp_path / "a"), str(tmp_path / name))))
+    for argv, words in (((str(tmp_path / "nothing"),), "does not exist: name the --out"), ((str(tmp_path),), f"--report {tmp_path / 'a'}")):
+        with pytest.raises(FileNotFoundError, match=re.escape(words)):
+            report_runs(ReportSettings(argv))
+    with pytest.raises(ValueError, match="--baseline out/x is none"):
+        report_runs(ReportSettings((str(tmp_path / "a"),), baseline="out/x"))
+    done = launch(["--report"])
+    assert done.returncode == 2 and "expected at least one argument" in done.output
+    # a real run's log is of the form that is read here
+    train(settings(corpus, tmp_path / "real"), World("cpu"))
+    report_runs(ReportSettings((str(tmp_path / "real"),)))
+    end = json.loads((tmp_path / "real" / "log.jsonl").read_text().splitlines()[-1])
+    assert cells(capsys.readouterr().out)[str(tmp_path / "real")][5] == f"{end['val_loss']:.4f}"
+
+
+def test_plots_need_matplotlib_and_say_so(tmp_path, monkeypatch):
+    write_log(tmp_path / "a", [3.0, 2.0, 1.5])
+    write_log(tmp_path / "b", [3.0, 1.9, 1.4], 1)
+    wanted = ReportSettings((str(tmp_path / "a"), str(tmp_path / "b")), plot=str(tmp_path / "curves.png"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        report_runs(wanted)
+    drawn = []
+
+    class Drawing:  # stands for matplotlib, its figures and axes, and notes what is drawn
+        def __getattr__(self, name):
+            return lambda *args, **named: drawn.append((name, args, named)) or (self, self)
+
+        def savefig(self, path, **named):
+            Path(path).write_bytes(b"picture")
+            drawn.append(("savefig", named, {}))
+    fake = types.ModuleType("matplotlib")
+    fake.use, fake.pyplot = lambda name: None, Drawing()
+    monkeypatch.setitem(sys.modules, "matplotlib", fake)
+    report_runs(wanted)
+    assert (tmp_path / "curves.png").read_bytes() == b"picture" and [a for a in drawn if a[0] == "savefig"][0][1]["format"] == "png"
+    lines_drawn = [args for name, args, _ in drawn if name == "plot"]
+    assert lines_drawn == [([100, 200], [pytest.approx(1.95), pytest.approx(1.45)])]  # two seeds of one row: their mean
+    assert [args for name, args, _ in drawn if name == "fill_between"] == [([100, 200], [1.9, 1.4], [2.0, 1.5])]
 
 
 # ---- cached labels ---------------------------------------------------------------------------------------------------

@@ -21,24 +21,27 @@ Nodes share one disk: rank 0 writes, all read.
 import difflib
 import json
 import math
+import os
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from cocomix import CoCoMix, CoCoMixConfig
+from cocomix import CoCoMix, CoCoMixConfig, Output
 from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
                   parse, read_json, run, save_checkpoint)
-from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
+from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, check_teacher_reads, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
                  sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
@@ -52,6 +55,7 @@ def paper(name, n_layer, n_head, n_embd, ntp_embd, insert_layer, lr, warmup, ste
                   save_interval=500)
     return {**shared, "mode": "cocomix", "out": f"out/{name}/cocomix", "teacher": "gpt2", "sae": "openai", "sae_layer": 5,
             "ntp": {"out": f"out/{name}/ntp", "n_embd": ntp_embd, "teacher": "", "sae": ""},
+            "kd": {"out": f"out/{name}/kd", "n_embd": ntp_embd, "sae": ""},
             "pause": {"out": f"out/{name}/pause", "teacher": "", "sae": ""}}
 
 
@@ -61,17 +65,17 @@ PRESETS = {
     "386m": paper("386m", 24, 16, 1024, 1072, 5, 3e-4, 130, 40_000, 1 << 19, 8),
     "1.4b": paper("1.4b", 24, 16, 2048, 2096, 5, 2e-4, 65, 20_000, 1 << 20, 4),
 }
-MIX = {"ntp": "none", "pause": "pause", "cocomix": "concept"}
+MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To evaluate finished models:
     train.py --eval CKPT[,CKPT...] --help. To time steps: train.py --bench 69m --help"""
-    mode: Literal["all", "ntp", "pause", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline
+    mode: Literal["all", "ntp", "pause", "kd", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline; kd: one distilled
     data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
-    teacher: str = ""  # mode cocomix: a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
+    teacher: str = ""  # modes cocomix and kd: a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
     sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py), openai (for gpt2), or openai:FILE
     n_layer: int = 6  # blocks
     n_head: int = 3  # attention heads
@@ -80,8 +84,10 @@ class TrainSettings:
     vocab_multiple: int = 1  # embedding rows are padded to a multiple of this; 64 suits GPUs
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
     concept_residual: bool = False  # our variant: h + c stands at the concept position instead of c
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # mode cocomix: the method; ablations: h + c; concepts predicted only
     k_concepts: int = 16  # concepts mixed in; in mode all also the SAE's active latents
     concept_weight: float = 0.5  # weight of the concept loss; 0.1 in the paper
+    kd_weight: float = 1.0  # mode kd: weight of KL(teacher || student)
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation"] = "attribution"  # what makes a latent a label
     labels: Literal["live", "cached"] = "live"  # make labels while training, or read those of `sae.py label`: no teacher needed
@@ -118,7 +124,8 @@ class TrainSettings:
                      "save_interval", "n_labels", "sae_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("micro_batch", "min_lr", "warmup", "weight_decay", "grad_clip", "seed", "concept_weight"):
+        for name in ("micro_batch", "min_lr", "warmup", "weight_decay", "grad_clip", "seed", "concept_weight",
+                     "kd_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more")
         if not 0 < self.lr < math.inf or self.min_lr > self.lr or not 0 < self.sae_lr < math.inf:
@@ -128,7 +135,7 @@ class TrainSettings:
         if self.batch_tokens % self.block_size:
             raise ValueError(f"--batch_tokens {self.batch_tokens} is no multiple of --block_size {self.block_size}: "
                              f"take {max(1, self.batch_tokens // self.block_size) * self.block_size}")
-        if self.mode != "ntp" and not 0 <= self.insert_layer < self.n_layer:
+        if self.mode in ("all", "pause", "cocomix") and not 0 <= self.insert_layer < self.n_layer:
             raise ValueError(f"--insert_layer {self.insert_layer} names no block of --n_layer {self.n_layer}: take 0 to "
                              f"{self.n_layer - 1}")
         if self.mode == "all" and not 0 <= self.sae_layer < self.n_layer:
@@ -142,9 +149,13 @@ class TrainSettings:
                              "sae.py), or --labels cached; --mode all makes both")
         if self.mode != "cocomix" and self.labels == "cached":
             raise ValueError(f"--mode {self.mode} takes no --labels cached: leave it out, or take --mode cocomix")
-        if self.mode != "cocomix" and (self.teacher or self.sae):
-            raise ValueError(f"--mode {self.mode} takes no --teacher or --sae (the presets 69m, 386m and 1.4b have them): leave them "
-                             "out, or take --mode cocomix")
+        if self.mode == "kd" and not self.teacher:
+            raise ValueError("--mode kd needs --teacher CKPT (from train.py --mode ntp), or gpt2")
+        if self.mode not in ("cocomix", "kd") and self.teacher or self.mode != "cocomix" and self.sae:
+            raise ValueError(f"--mode {self.mode} takes no {'--sae' if self.mode == 'kd' else '--teacher or --sae'} (the presets 69m, "
+                             "386m and 1.4b have them): leave them out, or take --mode cocomix")
+        if self.insertion != "interleave" and (self.mode != "cocomix" or self.concept_residual):
+            raise ValueError(f"--insertion {self.insertion} is for --mode cocomix without --concept_residual: leave one out")
 
 
 # What makes a run what it is, beside model, data and labels.
@@ -152,19 +163,20 @@ TRAINING = ("steps", "batch_tokens", "lr", "min_lr", "warmup", "weight_decay", "
             "eval_interval", "eval_tokens", "dtype")
 
 
-def run_identity(settings, config, data, labeler):
+def run_identity(settings, config, data, labeler, teacher=None):
     """What makes two runs the same experiment, in plain types; not where they run or are written."""
+    distilled = {"teacher": fingerprint(teacher), "kd_weight": settings.kd_weight} if teacher else {}
     return {**{k: getattr(settings, k) for k in TRAINING}, "model": asdict(config), "data": data.fingerprint(),
-            "labels": labeler.identity() if labeler else {}}
+            "labels": labeler.identity() if labeler else {}, **distilled}
 
 
 def model_config(settings, vocab_size, labeler):
     """The CoCoMixConfig of a run. What its mix does not use keeps the default: it makes no difference to the run."""
     used = {k: getattr(settings, k) for k in ("block_size", "vocab_multiple", "n_layer", "n_head", "n_embd")}
-    if settings.mode != "ntp":
+    if MIX[settings.mode] != "none":
         used.update(insert_layer=settings.insert_layer, concept_residual=settings.concept_residual)
     if settings.mode == "cocomix":
-        used.update(n_concepts=labeler.n_concepts, k_concepts=settings.k_concepts,
+        used.update(n_concepts=labeler.n_concepts, k_concepts=settings.k_concepts, insertion=settings.insertion,
                     concept_weight=settings.concept_weight)
     return CoCoMixConfig(**used, vocab_size=vocab_size, mix=MIX[settings.mode])
 
@@ -184,6 +196,11 @@ def peak_flops(device):
              "4090": 165e12, "3090": 71e12}
     name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
     return next((flops for key, flops in table.items() if key in name), None)
+
+
+def device_name(device):
+    """The processor's name, as a reader of a log would ask for it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {device.type}"
 
 
 def rows_and_passes(settings, world):
@@ -235,6 +252,39 @@ def review_concepts(model, windows, settings, world, labeler):
     return {"precision": float(world.sum(hits) / possible), "base_rate": float(guessed / possible)}
 
 
+# ---- the distillation baseline -----------------------------------------------------------------------------
+
+def distillation(x, weight, soft_x, soft_weight, vocab_size, chunk=2048):
+    """Sum over tokens of KL(teacher || student), in nats: heads' inputs x (N,D), soft_x (N,D_t) and their weights (rows,D),
+    (rows_t,D_t), of which `vocab_size` rows count -> ().
+
+    Two heads' logits for `chunk` tokens at a time, made again in the backward pass: nothing (N,V) is held."""
+    def kl(x, soft_x):
+        ours, theirs = ((a @ w[:vocab_size].T).float().log_softmax(-1) for a, w in ((x, weight), (soft_x, soft_weight)))
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    return sum(checkpoint(kl, *part, use_reentrant=False) for part in zip(x.split(chunk), soft_x.split(chunk)))
+
+
+class Distilled(torch.nn.Module):
+    """A plain GPT as --mode kd trains it: L_ntp + kd_weight * KL(teacher || student) over the next token's whole distribution,
+    mean over tokens (paper, section 3: the KD baseline). Called like the model itself."""
+
+    def __init__(self, model, teacher, kd_weight):
+        super().__init__()
+        self.model, self.frozen, self.kd_weight = model, [teacher], kd_weight  # in a list: none of its parameters are ours
+
+    def forward(self, idx, targets, concept_labels=None, logits=False):
+        """idx, targets (B,T) -> Output; the KL stands in the place of a concept loss. Every position counts for it."""
+        teacher = self.frozen[0]
+        with torch.no_grad():
+            soft = teacher.ln_f(teacher.hidden(idx)[0]).flatten(0, 1)
+        h = self.model.hidden(idx)[0]
+        ntp = self.model.token_loss(h, targets) / (targets >= 0).sum().clamp(min=1)
+        x, weights = self.model.ln_f(h).flatten(0, 1), (self.model.wte.weight, teacher.wte.weight)
+        kl = distillation(x, weights[0], soft, weights[1], self.model.config.vocab_size) / idx.numel()
+        return Output(ntp + self.kd_weight * kl, ntp, kl, None, None)
+
+
 # ---- the loop ----------------------------------------------------------------------------------------------
 
 def wrapped(model, settings, world):
@@ -245,7 +295,8 @@ def wrapped(model, settings, world):
 
 
 def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, autocast):
-    """One optimiser step over `passes` [(idx, targets, labels or None)]: a tensor of token loss, concept loss and gradient norm."""
+    """One optimiser step over `passes` [(idx, targets, labels or None)]: a tensor of token loss, concept loss (mode kd: KL) and
+    gradient norm."""
     sums, valid = torch.zeros(3, device=world.device), torch.zeros((), device=world.device)
     for _, _, labels in passes:
         valid += 0 if labels is None else (labels >= 0).sum()
@@ -255,11 +306,14 @@ def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, au
             step_model.require_backward_grad_sync = i == len(passes) - 1  # read by DDP's forward, so set here
         with autocast:
             result = step_model(idx, targets, labels, logits=False)
-        ntp, concept = result.ntp_loss / len(passes), torch.zeros_like(result.ntp_loss)
+        loss, ntp, second = result.loss / len(passes), result.ntp_loss / len(passes), torch.zeros_like(result.ntp_loss)
         if labels is not None:  # times world.size, since DDP averages gradients over ranks
-            concept = result.concept_loss * (labels >= 0).sum() * world.size / valid
-        (ntp + model.config.concept_weight * concept).backward()
-        sums[:2] += torch.stack([ntp, concept]).detach()
+            second = result.concept_loss * (labels >= 0).sum() * world.size / valid
+            loss = ntp + model.config.concept_weight * second
+        elif result.concept_loss is not None:  # mode kd: the KL
+            second = result.concept_loss / len(passes)
+        loss.backward()
+        sums[:2] += torch.stack([ntp, second]).detach()
     sums[2] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -268,10 +322,10 @@ def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, au
     return sums
 
 
-def train(settings, world, labeler=None, name="train", resume=False):
+def train(settings, world, labeler=None, name="train", resume=False, teacher=None):
     """Train one model as `settings` say -> (model, the records of out/log.jsonl). Writes out/ckpt.pt.
 
-    `labeler` (sae.Labeler) makes the labels of mode cocomix. With `resume` the run goes on from out/ckpt.pt.
+    `labeler` (sae.Labeler) makes the labels of mode cocomix, `teacher` the distributions of mode kd. With `resume` the run goes on from out/ckpt.pt.
     ValueError for settings that do not fit data, processes, teacher or checkpoint; FloatingPointError when loss
     or gradient are not finite: the last good checkpoint stays."""
     T, out, (rows, accumulation) = settings.block_size, Path(settings.out), rows_and_passes(settings, world)
@@ -279,12 +333,14 @@ def train(settings, world, labeler=None, name="train", resume=False):
     vocab_size = data.meta["vocab_size"]
     if labeler:
         labeler.check(T, vocab_size)
+    if teacher:
+        check_teacher_reads(teacher, T, vocab_size)
 
     torch.manual_seed(settings.seed)
     model = CoCoMix(model_config(settings, vocab_size, labeler)).to(world.device)
     model.gradient_checkpointing = settings.gradient_checkpointing
     optimizer = model.configure_optimizer(settings.lr, settings.weight_decay, (settings.beta1, settings.beta2))
-    identity = run_identity(settings, model.config, data, labeler)
+    identity = run_identity(settings, model.config, data, labeler, teacher)
     begin, seconds, label_seconds, records = 0, 0.0, 0.0, []
     if resume:
         ckpt = load_checkpoint(out / "ckpt.pt", "model", world.device)
@@ -295,11 +351,12 @@ def train(settings, world, labeler=None, name="train", resume=False):
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
         begin, records = ckpt["step"], ckpt["log"]
+        records[0]["settings"]["steps"] = settings.steps  # more than before, perhaps
         seconds, label_seconds = records[-1]["seconds"], records[-1]["label_seconds"]
         if begin > settings.steps:
             raise ValueError(f"{out}/ckpt.pt is at step {begin} already, beyond --steps {settings.steps}: raise --steps")
     log = Log(out / "log.jsonl", records, world.main)
-    step_model = wrapped(model, settings, world)  # evaluation, sampling and saving use the raw `model`
+    step_model = wrapped(Distilled(model, teacher, settings.kd_weight) if teacher else model, settings, world)  # evaluation, sampling and saving use the raw `model`
     world.print(f"{name}: {model.num_parameters():,} parameters, {settings.steps} steps of {settings.batch_tokens} tokens "
                 f"= {world.size} processes x {rows} rows x {T} tokens x {accumulation} accumulated, on {world.device}"
                 + (f", from step {begin}" if begin else ""))
@@ -310,7 +367,8 @@ def train(settings, world, labeler=None, name="train", resume=False):
 
     if begin == 0:
         note(0, val_loss=evaluate(model, val, settings, world), parameters=model.num_parameters(),
-             flops_per_token=model.flops_per_token(), processes=world.size, settings=asdict(settings))
+             flops_per_token=model.flops_per_token(), processes=world.size, device=device_name(world.device),
+             tokenizer=data.meta["tokenizer"], val_data=val.fingerprint(), settings=asdict(settings))
     sums, since, clock = torch.zeros(3, device=world.device), 0, time.perf_counter()
     labels_clock = labeler.seconds if labeler else 0.0
     with Interrupt(world) as interrupt, world.bar(settings.steps, name, begin) as bar:
@@ -343,10 +401,11 @@ def train(settings, world, labeler=None, name="train", resume=False):
                 mfu = peak and model.flops_per_token() * speed / (peak * world.size)
                 val_loss = evaluate(model, val, settings, world) if validating else None
                 agreement = review_concepts(model, val, settings, world, labeler) if labeler and (saving or last) else None
-                note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, val_loss=val_loss, lr=lr,
+                note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, **({"kd_loss": concept} if teacher else {}), val_loss=val_loss, lr=lr,
                      grad_norm=norm, tok_per_s=round(speed), mfu=mfu)
                 if validating:
-                    concepts, use = f" | concept {concept:.3f}" if labeler else "", f" | mfu {mfu:.1%}" if mfu else ""
+                    concepts = f" | concept {concept:.3f}" if labeler else f" | kl {concept:.3f}" if teacher else ""
+                    use = f" | mfu {mfu:.1%}" if mfu else ""
                     world.print(f"{name:<18} step {done:>6} | loss {ntp:.3f}{concepts} | val {val_loss:.3f} | lr {lr:.1e} | "
                                 f"norm {norm:.2f} | {1000 * elapsed / since:.0f} ms | {speed:,.0f} tok/s{use}")
                 bar.set_postfix_str(f"loss {ntp:.3f} {speed:,.0f} tok/s", refresh=False)
@@ -362,6 +421,167 @@ def train(settings, world, labeler=None, name="train", resume=False):
         if interrupt.asked():  # a signal during the last step or its evaluation ends mode all, too
             interrupt.leave(out / "ckpt.pt", settings.steps)
     return model, log.records
+
+
+# ---- python train.py --report: finished runs side by side -------------------------------------------------------
+
+@dataclass(frozen=True)
+class ReportSettings:
+    """Compare finished runs by their logs: a Markdown table, and a picture of their validation curves."""
+    report: tuple[str, ...] = ()  # folders of runs (--out); those that differ only in the seed make one row
+    baseline: str = ""  # one of these folders, whose row the others are compared with; empty: the first
+    plot: str = ""  # file for a picture of the curves, .png or .svg (pip install matplotlib)
+
+    def __post_init__(self):
+        if not self.report:
+            raise ValueError("--report needs folders of finished runs, as in --report out/tiny/ntp out/tiny/cocomix")
+
+
+# What changes neither what a run learns nor what its last line says: runs that differ in no more than this and the seed are one row.
+INCIDENTAL = ("seed", "out", "device", "resume", "micro_batch", "compile", "gradient_checkpointing", "labels", "labels_name",
+              "eval_interval", "log_interval", "save_interval")
+
+
+def read_run(folder):
+    """The records of a finished run's log.jsonl. OSError if there is none; ValueError if it is damaged or none of train.py's, or
+    if the run is not at its last step."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        inside = sorted(str(p.parent) for p in Path(folder).glob("*/log.jsonl"))
+        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside)}" if inside
+                                else "name the --out folder of a `python train.py` run"))
+    log = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+            if not math.isfinite(record["step"] + record["tokens"] + record["seconds"] + (record.get("val_loss") or 0)):
+                raise ValueError("a number that is not finite")
+            log.append(record)
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"line {number} of {path} is damaged or none of train.py's ({e!r}): `--resume` writes the log anew from "
+                             "the checkpoint") from e
+    missing = {"settings", "parameters", "flops_per_token", "tokenizer", "val_data"} - set(log[0] if log else ())
+    if missing:
+        raise ValueError(f"{path} is " + (f"no log of this train.py: its first line lacks {', '.join(sorted(missing))}" if log else "empty")
+                         + ": train again with `python train.py --mode MODE --out FOLDER`")
+    step, steps = log[-1]["step"], log[0]["settings"]["steps"]
+    if step < steps or log[-1].get("val_loss") is None:
+        raise ValueError(f"{folder} is unfinished, at step {step} of {steps}: go on with its own command and --resume")
+    return log
+
+
+def rows_of(runs):
+    """{folder: log} -> {row's name: {seed: log}}: runs that differ only in the seed are one row, named by a pattern of their
+    folders. ValueError if two differ in nothing, or if their losses are of different tokens."""
+    groups, first = {}, next(iter(runs))
+    for folder, log in runs.items():
+        for key, what in (("tokenizer", "tokenizers"), ("val_data", "validation texts"), ("block_size", "--block_size"), ("eval_tokens", "--eval_tokens")):
+            one, other = (r[0].get(key, r[0]["settings"].get(key)) for r in (runs[first], log))
+            if one != other:
+                raise ValueError(f"{first} and {folder} have different {what}, {one} and {other}: their losses are not of the same "
+                                 "tokens and cannot be compared; report them apart")
+        settings = {k: v for k, v in log[0]["settings"].items() if k not in INCIDENTAL}
+        for key in ("teacher", "sae"):  # one that was made beside this run differs between seeds only in its place
+            with suppress(ValueError):
+                settings[key] = str(Path(settings[key]).relative_to(Path(log[0]["settings"]["out"]).parent))
+        seeds = groups.setdefault(json.dumps(settings, sort_keys=True), {})
+        seed = log[0]["settings"]["seed"]
+        if seed in seeds:
+            raise ValueError(f"{seeds[seed][0]} and {folder} differ neither in settings nor in seed: name one of them")
+        seeds[seed] = folder, log
+
+    def pattern(names):
+        start = os.path.commonprefix(names)
+        end = os.path.commonprefix([name[len(start):][::-1] for name in names])[::-1]
+        return names[0] if len(names) == 1 else f"{start}*{end}"
+    return {pattern([folder for folder, _ in seeds.values()]): {seed: log for seed, (_, log) in seeds.items()} for seeds in groups.values()}
+
+
+def curve(log):
+    """[(tokens, validation loss)] of a log."""
+    return [(r["tokens"], r["val_loss"]) for r in log if r.get("val_loss") is not None]
+
+
+def tokens_to(target, log):
+    """Training tokens at which a run's validation loss first reaches `target`, by a straight line between two
+    validations; None if it never does."""
+    points = curve(log)
+    for (t0, l0), (t1, l1) in zip(points, points[1:]):
+        if l1 <= target:
+            return t1 if l0 == l1 else t0 + (t1 - t0) * max(0.0, (l0 - target) / (l0 - l1))
+    return None
+
+
+def student_t(df, share=0.95):
+    """The t with P(|T| < t) = share for Student's distribution: T = sqrt(df) tan(a), where the density of a is cos(a)^(df - 1)."""
+    a = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
+    area = torch.cumulative_trapezoid(a.cos() ** (df - 1), a)
+    return math.sqrt(df) * math.tan(a[1 + int(torch.searchsorted(area, share * area[-1]))])
+
+
+def spread(values, form="{:.4f}"):
+    """'mean ± standard deviation' of a list, the mean alone of one value."""
+    return form.format(mean(values)) + (f" ± {form.format(stdev(values))}" if len(values) > 1 else "")
+
+
+def compare(rows, baseline):
+    """Markdown table of `rows` {name: {seed: log}}, beside the row named `baseline`."""
+    def cell(name):
+        return f"`{name}`" if "*" in name else name
+    base = rows[baseline]
+    table = [f"| run | seeds | parameters | tokens | training FLOPs | time | validation loss | difference to {cell(baseline)} | tokens saved |",
+             "|---" * 9 + "|"]
+    for name, logs in rows.items():
+        first, end = next(iter(logs.values()))[0], [log[-1] for log in logs.values()]
+        both = [seed for seed in logs if seed in base and name != baseline]
+        gaps = [logs[s][-1]["val_loss"] - base[s][-1]["val_loss"] for s in both]
+        reached = [tokens_to(base[s][-1]["val_loss"], logs[s]) for s in both]
+        saved = [100 * (1 - tokens / base[s][-1]["tokens"]) for s, tokens in zip(both, reached) if tokens is not None]
+        half = student_t(len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
+        gap = f"{mean(gaps):+.4f}" + (f" [{mean(gaps) - half:+.4f}, {mean(gaps) + half:+.4f}]" if half is not None else "") if gaps else "-"
+        some = f" ({len(saved)} of {len(both)} seeds)" if len(saved) < len(both) else ""
+        saving = spread(saved, "{:.1f}") + f" %{some}" if saved else "not reached" if both else "-"
+        table.append(f"| {cell(name)} | {len(logs)} | {first['parameters']:,} | {end[0]['tokens']:,} | {first['flops_per_token'] * end[0]['tokens']:.2e} | "
+                     f"{mean([r['seconds'] for r in end]):,.0f} s | {spread([r['val_loss'] for r in end])} | {gap} | {saving} |")
+    return "\n".join(table)
+
+
+def plot(rows, path):
+    """A picture of validation loss by training tokens, a line a row: the mean over seeds, and their range."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ValueError(f"--plot needs matplotlib ({e}): pip install matplotlib") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, (name, logs) in enumerate(rows.items()):
+        seeds = [dict(curve(log)[1:]) for log in logs.values()]  # without step 0
+        tokens = [t for t in seeds[0] if all(t in s for s in seeds)]
+        losses = [[s[t] for s in seeds] for t in tokens]
+        axes.plot(tokens, list(map(mean, losses)), label=f"{name} ({len(logs)})", linestyle=("-", "--", ":")[i // 10 % 3])
+        axes.fill_between(tokens, list(map(min, losses)), list(map(max, losses)), alpha=0.2)
+    axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with atomic(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
+    pyplot.close(figure)
+
+
+def report_runs(settings):
+    """The command --report. Errors as in `read_run` and `rows_of`; ValueError for a baseline that is not among the runs."""
+    runs = {folder: read_run(folder) for folder in map(os.path.normpath, settings.report)}
+    wanted = os.path.normpath(settings.baseline or settings.report[0])
+    if wanted not in runs:
+        raise ValueError(f"--baseline {settings.baseline} is none of the runs in --report: name one of {', '.join(runs)}")
+    rows = rows_of(runs)
+    baseline = next(name for name, logs in rows.items() if any(log is runs[wanted] for log in logs.values()))
+    if settings.plot:
+        plot(rows, settings.plot)
+    print(f"{compare(rows, baseline)}\n\nMean ± standard deviation over seeds. Differences: of the same seeds' final losses, in nats, with their 95 % interval "
+                "(Student's t). Tokens saved:\nwhere the loss first reaches the baseline's final one of the same seed. FLOPs are the "
+                "trained model's own: those of a teacher or SAE are not counted." + f"\n\n{settings.plot}" * bool(settings.plot))
 
 
 # ---- mode all: the whole method ----------------------------------------------------------------------------
@@ -402,29 +622,6 @@ def sae_stage(settings, world, teacher):
     return train_sae(settings, teacher, world, resume=ckpt is not None)
 
 
-def tokens_to(target, log):
-    """Training tokens at which a run's validation loss first reaches `target`, by a straight line between two
-    validations; None if it never does."""
-    curve = [(r["tokens"], r["val_loss"]) for r in log if r.get("val_loss") is not None]
-    for (t0, l0), (t1, l1) in zip(curve, curve[1:]):
-        if l1 <= target:
-            return t1 if l0 == l1 else t0 + (t1 - t0) * max(0.0, (l0 - target) / (l0 - l1))
-    return None
-
-
-def report(logs):
-    """Markdown table of {name: log}; the first is the baseline."""
-    baseline, target = next(iter(logs)), next(iter(logs.values()))[-1]["val_loss"]
-    table = [f"| model | parameters | tokens | validation loss | training time | tokens to reach {baseline}'s loss |",
-             "|---|---|---|---|---|---|"]
-    for name, log in logs.items():
-        end, reached = log[-1], tokens_to(target, log)
-        saving = "not reached" if reached is None else f"{reached:,.0f} ({1 - reached / end['tokens']:.1%} fewer)"
-        table.append(f"| {name} | {log[0]['parameters']:,} | {end['tokens']:,} | {end['val_loss']:.4f} | "
-                     f"{end['seconds']:.0f} s | {f'{reached:,.0f}' if name == baseline else saving} |")
-    return "\n".join(table)
-
-
 def sample(model, settings, world, n=200):
     """How the model goes on from the beginning of the validation text by `n` tokens, as text."""
     val = Windows(settings.data, "val", settings.block_size)
@@ -462,7 +659,7 @@ def pipeline(settings, world):
         models[name], logs[name] = stage(student, world, name, labeler)
     if world.main:
         labels = max(log[-1]["label_seconds"] for log in logs.values())
-        text = (f"{report(logs)}\n\nConcept labels, made once for both students: {labels:.0f} s. This call: "
+        text = (f"{compare({name: {settings.seed: log} for name, log in logs.items()}, 'NTP')}\n\nConcept labels, made once for both students: {labels:.0f} s. This call: "
                 f"{time.perf_counter() - start:.0f} s.\n\nCoCoMix goes on from validation text:\n\n"
                 f"{sample(models['CoCoMix'], settings, world)}\n")
         with atomic(out / "report.md") as tmp:
@@ -490,8 +687,8 @@ def check_labels(cached, settings, world):
 
 
 def single(settings, world):
-    """One run of --mode ntp, pause or cocomix."""
-    labeler = None
+    """One run of --mode ntp, pause, kd or cocomix."""
+    labeler = distiller = None
     check_out(settings.out, settings.resume)
     world.first(lambda: make_if_known(settings.data, quiet=not world.main))
     if settings.labels == "cached":
@@ -513,7 +710,9 @@ def single(settings, world):
                     + doubt.replace("\n", " ") * (figures["fvu"] > 0.5))
         labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype),
                           compile=world.compiles(settings.compile))
-    log = train(settings, world, labeler, settings.mode, settings.resume)[1]
+    elif settings.mode == "kd":
+        distiller = load_teacher(settings.teacher, world)
+    log = train(settings, world, labeler, settings.mode, settings.resume, distiller)[1]
     end = [r for r in log if r.get("val_loss") is not None][-1]
     world.print(f"{settings.mode}: validation loss {end['val_loss']:.4f} after {end['tokens']:,} tokens; "
                 f"{settings.out}/ckpt.pt, {settings.out}/log.jsonl")
@@ -848,6 +1047,8 @@ def main():
     if any(word == "--eval" or word.startswith("--eval=") for word in sys.argv[1:]):
         settings = parse(EvalSettings)
         return evaluate_models(settings, World(settings.device))
+    if any(word == "--report" or word.startswith("--report=") for word in sys.argv[1:]):
+        return report_runs(parse(ReportSettings))
     settings = parse(TrainSettings, presets=PRESETS, preset="tiny")
     world = World(settings.device)
     rows_and_passes(settings, world)  # what cannot work is refused before anything is downloaded
