@@ -621,13 +621,14 @@ def show_concepts(model, z, words, entries, ckpt):
     """Print the four strongest concepts of z (T,C) at each word, which concepts the model uses, and how often it is right."""
     for word, logits, ids in zip(words, *(t.tolist() for t in z.topk(min(4, z.size(-1))))):
         print(f"{word!r:<10} " + " | ".join(f"{i} ({x:.1f}) {in_words(entries[i])}" for i, x in zip(ids, logits)))
-    print("\nEach: concept (logit) tokens it fires on > tokens that follow.")
+    print("\nEach: concept (logit) tokens it fires on > tokens that follow.", end=" ")
     if model.config.insertion != "none":
         norms = model.compress_layer.weight.detach().norm(dim=-1)
         most = norms.topk(min(5, len(norms))).indices.tolist()
         print(f"Of the {len(norms)} concepts, those with the largest norm in the compression layer are "
               f"{', '.join(f'{i} ({norms[i]:.2f})' for i in most)}; {(norms < norms.max() / 100).float().mean():.1%} are ignored "
-              "(below a hundredth of the largest).")
+              "(below a hundredth of the largest).", end="")
+    print()
     if ckpt["agreement"]:  # measured when it was saved, the teacher being at hand
         n, agreement = ckpt["identity"]["labels"]["n_labels"], ckpt["agreement"]
         print(f"On validation text {agreement['precision']:.1%} of its {n} strongest concepts are among the teacher's {n} "
