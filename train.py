@@ -7,6 +7,8 @@
     python train.py --mode cocomix --teacher out/my_teacher/ckpt.pt --sae out/my_sae/ckpt.pt --out out/my_student
 
     torchrun --nproc_per_node=8 train.py --preset 69m                                  # the paper: also 386m, 1.4b
+    python train.py --mode kd --teacher out/my_teacher/ckpt.pt --out out/my_kd         # baselines: also --mode pause
+    python train.py --report out/my_teacher out/my_student out/my_kd                   # a table of finished runs, by their logs
     python train.py --eval out/tiny/ntp/ckpt.pt,out/tiny/cocomix/ckpt.pt               # compare finished models
     python train.py --bench 69m --mode cached --batch 1                                # time steps
 
@@ -70,8 +72,8 @@ MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To evaluate finished models:
-    train.py --eval CKPT[,CKPT...] --help. To time steps: train.py --bench 69m --help"""
+    """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To compare finished runs:
+    train.py --report x --help; to evaluate models: train.py --eval CKPT --help; to time steps: train.py --bench 69m --help"""
     mode: Literal["all", "ntp", "pause", "kd", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline; kd: one distilled
     data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
@@ -199,7 +201,7 @@ def peak_flops(device):
 
 
 def device_name(device):
-    """The processor's name, as a reader of a log would ask for it."""
+    """What a run computes on: the GPU's name, or how many threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {device.type}"
 
 
@@ -448,10 +450,10 @@ def read_run(folder):
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         inside = sorted(str(p.parent) for p in Path(folder).glob("*/log.jsonl"))
-        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside)}" if inside
+        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside[:4])}{' ...' * (len(inside) > 4)}" if inside
                                 else "name the --out folder of a `python train.py` run"))
     log = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
             record = json.loads(line)
             if not math.isfinite(record["step"] + record["tokens"] + record["seconds"] + (record.get("val_loss") or 0)):
@@ -460,11 +462,12 @@ def read_run(folder):
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"line {number} of {path} is damaged or none of train.py's ({e!r}): `--resume` writes the log anew from "
                              "the checkpoint") from e
-    missing = {"settings", "parameters", "flops_per_token", "tokenizer", "val_data"} - set(log[0] if log else ())
+    first = {**log[0], **dict(log[0].get("settings") or {})} if log else {}
+    missing = {"parameters", "flops_per_token", "tokenizer", "val_data", "seed", "out", "steps", "block_size", "eval_tokens"} - set(first)
     if missing:
         raise ValueError(f"{path} is " + (f"no log of this train.py: its first line lacks {', '.join(sorted(missing))}" if log else "empty")
                          + ": train again with `python train.py --mode MODE --out FOLDER`")
-    step, steps = log[-1]["step"], log[0]["settings"]["steps"]
+    step, steps = log[-1]["step"], first["steps"]
     if step < steps or log[-1].get("val_loss") is None:
         raise ValueError(f"{folder} is unfinished, at step {step} of {steps}: go on with its own command and --resume")
     return log
@@ -472,7 +475,7 @@ def read_run(folder):
 
 def rows_of(runs):
     """{folder: log} -> {row's name: {seed: log}}: runs that differ only in the seed are one row, named by a pattern of their
-    folders. ValueError if two differ in nothing, or if their losses are of different tokens."""
+    folders without what is common to all rows. ValueError if two differ in nothing, or if their losses are of different tokens."""
     groups, first = {}, next(iter(runs))
     for folder, log in runs.items():
         for key, what in (("tokenizer", "tokenizers"), ("val_data", "validation texts"), ("block_size", "--block_size"), ("eval_tokens", "--eval_tokens")):
@@ -494,7 +497,9 @@ def rows_of(runs):
         start = os.path.commonprefix(names)
         end = os.path.commonprefix([name[len(start):][::-1] for name in names])[::-1]
         return names[0] if len(names) == 1 else f"{start}*{end}"
-    return {pattern([folder for folder, _ in seeds.values()]): {seed: log for seed, (_, log) in seeds.items()} for seeds in groups.values()}
+    names = [pattern([folder for folder, _ in seeds.values()]) for seeds in groups.values()]
+    above = os.path.commonpath([os.path.dirname(name) for name in names]) if len(names) > 1 else ""
+    return {os.path.relpath(name, above) if above else name: {seed: log for seed, (_, log) in seeds.items()} for name, seeds in zip(names, groups.values())}
 
 
 def curve(log):
@@ -564,8 +569,11 @@ def plot(rows, path):
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
+    kind = Path(path).suffix[1:] or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"--plot {path}: matplotlib draws no .{kind}: take .png or .svg")
     with atomic(path) as tmp:
-        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
+        figure.savefig(tmp, format=kind, dpi=150)
     pyplot.close(figure)
 
 
