@@ -17,6 +17,7 @@ import time
 import types
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -1931,6 +1932,7 @@ def test_generating_inspecting_and_steering_from_the_command_line(student, monke
     columns = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
     assert [c[0].rstrip() for c in columns if c[0].strip()] == [x.rstrip() for x in plain.splitlines()] and plain != steered
     assert [c[1].rstrip() for c in columns if len(c) > 1] == [x.rstrip() for x in steered.splitlines()]
+    monkeypatch.setattr(cocomix_module, "steering_study", partial(steering_study, concepts=3, tokens=8))  # tested as a whole elsewhere
     cocomix_main(monkeypatch, student, "--study")
     assert len(re.findall(r"^\| [+-]\d \| 0\.\d{4} \| [+-]0\.\d{4} ± 0\.\d{4} \| 0\.\d{4} \|$", capsys.readouterr().out, re.M)) == 9
     cocomix_main(monkeypatch, student, "--prompt", "the", "--steer", "5=+0", "--steer", "6=0", "--tokens", 20)
