@@ -51,7 +51,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 MAGIC, HEADER_BYTES = 20240520, 256 * 4
-EOT, VOCABULARIES = "<|endoftext|>", {"byte": 257, "gpt2": 50257}
+EOT, VOCABULARIES = "<|endoftext|>", {"byte": 257, "gpt2-4k": 4096, "gpt2": 50257}
 
 
 # ---- settings and command lines ----------------------------------------------------------------------------
@@ -60,9 +60,10 @@ def parse(cls, argv=None, positional=(), presets=None, preset=None):
     """An instance of the frozen dataclass `cls` from the command line.
 
     One flag a field, of its type and default, its comment as help; `Literal` gives choices, a flag of type
-    tuple[X, ...] can be repeated, or takes several words where there is no positional argument, one of type Optional[int] can stand alone, which means -1. `presets`
-    {name: {field: value}} adds --preset, whose values other flags override; in it {mode: {field: value}} holds with
-    that --mode. A wrong flag or value ends the program with what would be right. In flags - and _ are the same."""
+    tuple[X, ...] can be repeated, or takes several words where there is no positional argument, one of type
+    Optional[int] can stand alone, which means -1. `presets` {name: {field: value}} adds --preset, whose values other
+    flags override; in it {mode: {field: value}} holds with that --mode. A wrong flag or value ends the program with
+    what would be right. In flags - and _ are the same."""
     argv = list(sys.argv[1:] if argv is None else argv)
     comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
@@ -209,20 +210,26 @@ class Log:
 # ---- tokenizers --------------------------------------------------------------------------------------------
 
 def get_tokenizer(name):
-    """A tiktoken.Encoding: "byte" (256 bytes and <|endoftext|> = 256; no download) or "gpt2" (50,257 ids).
+    """A tiktoken.Encoding: "byte" (256 bytes and <|endoftext|> = 256; no download), "gpt2" (50,257 ids), or "gpt2-4k",
+    for small models: GPT-2's first 4,095 tokens, that is its BPE without the later merges, and <|endoftext|> = 4095.
 
     OSError if gpt2's files are neither cached nor to be had, ValueError for another name."""
     import tiktoken  # late: training on existing shards needs no tokenizer
     if name == "byte":  # the pattern only cuts text into short runs; no two bytes ever merge
         return tiktoken.Encoding("byte", pat_str=r"[\s\S]{1,64}", special_tokens={EOT: 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
-    if name != "gpt2":
-        raise ValueError(f"tokenizer {name!r} is none of byte, gpt2")
+    if name not in VOCABULARIES:
+        raise ValueError(f"tokenizer {name!r} is none of {', '.join(VOCABULARIES)}")
     try:
-        return tiktoken.get_encoding("gpt2")
+        gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' errors, and the cache folder's
         raise OSError(f"GPT-2's BPE files are not cached and could not be downloaded ({type(e).__name__}): set "
                       "TIKTOKEN_CACHE_DIR to a folder that has them, go online once, or take --tokenizer byte") from e
+    if name == "gpt2":
+        return gpt2
+    last = VOCABULARIES[name] - 1
+    return tiktoken.Encoding(name, pat_str=gpt2._pat_str, special_tokens={EOT: last}, mergeable_ranks={
+        token: rank for token, rank in gpt2._mergeable_ranks.items() if rank < last})
 
 
 # ---- downloads ---------------------------------------------------------------------------------------------
@@ -320,7 +327,7 @@ class DataSettings:
     """Turn text into token shards, or download them."""
     source: str  # a text file, a folder of them, or pystdlib, shakespeare, openwebtext, fineweb, fineweb100B
     out: str = ""  # folder for the shards; empty: data/NAME
-    tokenizer: Literal["auto", "byte", "gpt2"] = "auto"  # 257 or 50257 token ids; auto: gpt2 for the web texts, else byte
+    tokenizer: Literal["auto", *VOCABULARIES] = "auto"  # 257, 4096 or 50257 ids; auto: gpt2 for the web texts, else byte
     val_fraction: float = 0.0  # held out: share of a folder's files, of a file's end; 0: 0.05, shakespeare 0.1, openwebtext 0.0005
     separator: str = EOT  # text that ends a document inside a file; empty: a file is one document
     shard_tokens: int = 100_000_000  # tokens a shard

@@ -755,6 +755,31 @@ def test_text_in_pieces_tokenises_like_the_whole(tmp_path):
         assert sum((encoding.encode_ordinary(p) for p in pieces), []) == encoding.encode_ordinary(text)
 
 
+def test_the_small_vocabulary_is_gpt2s_without_its_later_merges(monkeypatch):
+    """Against byte pair encoding by hand: join the pair of lowest rank until no pair has one below 4,095."""
+    ranks = {bytes([i]): i for i in range(256)}
+    letters = [bytes([c]) for c in b"etaoinshrdlucmfwypvbgkjqxz,.-' \n"]
+    for pair in sorted(((a + b) for a in letters for b in letters), reverse=True) + sorted(a + b + c for a in letters for b in letters for c in letters[:9]):
+        ranks.setdefault(pair, len(ranks))
+    gpt2 = tiktoken.Encoding("gpt2", pat_str=r" ?\p{L}+|\s+|[^\s\p{L}]+", special_tokens={"<|endoftext|>": len(ranks)}, mergeable_ranks=ranks)
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: gpt2)
+    small, text = get_tokenizer("gpt2-4k"), "the cat sat on the mat, \nand then-what? ünlike others"
+    assert len(ranks) > 4200 and get_tokenizer("gpt2") is gpt2 and small.n_vocab == 4096 == data_module.VOCABULARIES["gpt2-4k"]
+    expected = []
+    for word in re.findall(r" ?[^\W\d_]+|\s+|[^\s\w]+", text):
+        parts = [bytes([b]) for b in word.encode()]
+        while len(parts) > 1:
+            rank, i = min((ranks.get(parts[i] + parts[i + 1], 9999), i) for i in range(len(parts) - 1))
+            if rank >= 4095:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        expected += [ranks[p] for p in parts]
+    assert small.encode_ordinary(text) == expected != gpt2.encode_ordinary(text) and small.decode(expected) == text
+    assert small.eot_token == 4095 and small.encode("<|endoftext|>", allowed_special="all") == [4095]
+    with pytest.raises(ValueError, match="none of byte, gpt2-4k, gpt2"):
+        get_tokenizer("gpt3")
+
+
 def test_prepare_writes_every_byte_of_every_document_once(tmp_path):
     source = tmp_path / "text"
     for i in range(20):
