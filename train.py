@@ -8,8 +8,8 @@
 
     torchrun --nproc_per_node=8 train.py --preset 69m                                  # the paper: also 386m, 1.4b
     python train.py --mode kd --teacher out/my_teacher/ckpt.pt --out out/my_kd         # baselines: also --mode pause
-    python train.py --report out/my_teacher out/my_student out/my_kd                   # a table of finished runs, by their logs
-    python train.py --eval out/tiny/ntp/ckpt.pt,out/tiny/cocomix/ckpt.pt               # compare finished models
+    python train.py --report out/my_teacher out/my_student out/my_kd                   # compare finished runs by their logs
+    python train.py --eval out/tiny/ntp/ckpt.pt,out/tiny/cocomix/ckpt.pt               # evaluate finished models
     python train.py --bench 69m --mode cached --batch 1                                # time steps
 
     torchrun --nproc_per_node=8 train.py ...                                           # the 8 GPUs of a node
@@ -43,8 +43,8 @@ from tqdm import tqdm
 from cocomix import CoCoMix, CoCoMixConfig, Output
 from data import (VOCABULARIES, Interrupt, Log, Windows, World, atomic, get_tokenizer, load_checkpoint, make_if_known,
                   parse, read_json, run, save_checkpoint)
-from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, check_teacher_reads, describe_figures, evaluate_sae, fingerprint, load_sae, load_teacher,
-                 sae_identity, train_sae)
+from sae import (CachedLabels, Labeler, SAESettings, TopKSAE, check_out, check_teacher_reads, describe_figures,
+                 evaluate_sae, fingerprint, load_sae, load_teacher, sae_identity, train_sae)
 
 PYSTDLIB = "data/pystdlib"
 
@@ -74,10 +74,10 @@ MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 class TrainSettings:
     """Train CoCoMix or a baseline. --mode all runs data, teacher, SAE, two students and a report. To compare finished runs:
     train.py --report x --help; to evaluate models: train.py --eval CKPT --help; to time steps: train.py --bench 69m --help"""
-    mode: Literal["all", "ntp", "pause", "kd", "cocomix"] = "all"  # what to train; ntp is a plain GPT: teacher or baseline; kd: one distilled
+    mode: Literal["all", "ntp", "pause", "kd", "cocomix"] = "all"  # ntp: a plain GPT, teacher or baseline; kd: one distilled
     data: str = PYSTDLIB  # folder of token shards; data/NAME of a NAME that data.py knows is made when it is missing
     out: str = "out/tiny"  # folder for checkpoints and logs
-    teacher: str = ""  # modes cocomix and kd: a plain GPT: checkpoint (train.py --mode ntp), gpt2, or GPT-2's .safetensors or .bin
+    teacher: str = ""  # modes cocomix, kd: a plain GPT: checkpoint (--mode ntp), gpt2, or GPT-2's .safetensors or .bin
     sae: str = ""  # mode cocomix: checkpoint of an SAE on that teacher (sae.py), openai (for gpt2), or openai:FILE
     n_layer: int = 6  # blocks
     n_head: int = 3  # attention heads
@@ -86,13 +86,13 @@ class TrainSettings:
     vocab_multiple: int = 1  # embedding rows are padded to a multiple of this; 64 suits GPUs
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
     concept_residual: bool = False  # our variant: h + c stands at the concept position instead of c
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # mode cocomix: the method; ablations: h + c; concepts predicted only
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # mode cocomix; ablations: h + c; concepts predicted only
     k_concepts: int = 16  # concepts mixed in; in mode all also the SAE's active latents
     concept_weight: float = 0.5  # weight of the concept loss; 0.1 in the paper
     kd_weight: float = 1.0  # mode kd: weight of KL(teacher || student)
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation"] = "attribution"  # what makes a latent a label
-    labels: Literal["live", "cached"] = "live"  # make labels while training, or read those of `sae.py label`: no teacher needed
+    labels: Literal["live", "cached"] = "live"  # make labels in training, or read those of `sae.py label`
     labels_name: str = ""  # labels cached: which, where the data has several (TRAIN.NAME.labels)
     steps: int = 700  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
@@ -154,8 +154,8 @@ class TrainSettings:
         if self.mode == "kd" and not self.teacher:
             raise ValueError("--mode kd needs --teacher CKPT (from train.py --mode ntp), or gpt2")
         if self.mode not in ("cocomix", "kd") and self.teacher or self.mode != "cocomix" and self.sae:
-            raise ValueError(f"--mode {self.mode} takes no {'--sae' if self.mode == 'kd' else '--teacher or --sae'} (the presets 69m, "
-                             "386m and 1.4b have them): leave them out, or take --mode cocomix")
+            raise ValueError(f"--mode {self.mode} takes no {'--sae' if self.mode == 'kd' else '--teacher or --sae'} (the "
+                             "presets 69m, 386m and 1.4b have them): leave them out, or take --mode cocomix")
         if self.insertion != "interleave" and (self.mode != "cocomix" or self.concept_residual):
             raise ValueError(f"--insertion {self.insertion} is for --mode cocomix without --concept_residual: leave one out")
 
@@ -202,7 +202,8 @@ def peak_flops(device):
 
 def device_name(device):
     """What a run computes on: the GPU's name, or how many threads."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {device.type}"
+    threads = f"{torch.get_num_threads()} threads of {device.type}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else threads
 
 
 def rows_and_passes(settings, world):
@@ -268,8 +269,8 @@ def distillation(x, weight, soft_x, soft_weight, vocab_size, chunk=2048):
 
 
 class Distilled(torch.nn.Module):
-    """A plain GPT as --mode kd trains it: L_ntp + kd_weight * KL(teacher || student) over the next token's whole distribution,
-    mean over tokens (paper, section 3: the KD baseline). Called like the model itself."""
+    """A plain GPT as --mode kd trains it: L_ntp + kd_weight * KL(teacher || student) over the next token's whole
+    distribution, mean over tokens (paper, section 3: the KD baseline). Called like the model itself."""
 
     def __init__(self, model, teacher, kd_weight):
         super().__init__()
@@ -297,8 +298,8 @@ def wrapped(model, settings, world):
 
 
 def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, autocast):
-    """One optimiser step over `passes` [(idx, targets, labels or None)]: a tensor of token loss, concept loss (mode kd: KL) and
-    gradient norm."""
+    """One optimiser step over `passes` [(idx, targets, labels or None)]: a tensor of token loss, concept loss (mode kd:
+    KL) and gradient norm."""
     sums, valid = torch.zeros(3, device=world.device), torch.zeros((), device=world.device)
     for _, _, labels in passes:
         valid += 0 if labels is None else (labels >= 0).sum()
@@ -327,9 +328,9 @@ def training_step(model, step_model, optimizer, passes, lr, grad_clip, world, au
 def train(settings, world, labeler=None, name="train", resume=False, teacher=None):
     """Train one model as `settings` say -> (model, the records of out/log.jsonl). Writes out/ckpt.pt.
 
-    `labeler` (sae.Labeler) makes the labels of mode cocomix, `teacher` the distributions of mode kd. With `resume` the run goes on from out/ckpt.pt.
-    ValueError for settings that do not fit data, processes, teacher or checkpoint; FloatingPointError when loss
-    or gradient are not finite: the last good checkpoint stays."""
+    `labeler` (sae.Labeler) makes the labels of mode cocomix, `teacher` the distributions of mode kd. With `resume`
+    the run goes on from out/ckpt.pt. ValueError for settings that do not fit data, processes, teacher or checkpoint;
+    FloatingPointError when loss or gradient are not finite: the last good checkpoint stays."""
     T, out, (rows, accumulation) = settings.block_size, Path(settings.out), rows_and_passes(settings, world)
     data, val = Windows(settings.data, "train", T, settings.seed), Windows(settings.data, "val", T)
     vocab_size = data.meta["vocab_size"]
@@ -358,7 +359,8 @@ def train(settings, world, labeler=None, name="train", resume=False, teacher=Non
         if begin > settings.steps:
             raise ValueError(f"{out}/ckpt.pt is at step {begin} already, beyond --steps {settings.steps}: raise --steps")
     log = Log(out / "log.jsonl", records, world.main)
-    step_model = wrapped(Distilled(model, teacher, settings.kd_weight) if teacher else model, settings, world)  # evaluation, sampling and saving use the raw `model`
+    learner = Distilled(model, teacher, settings.kd_weight) if teacher else model
+    step_model = wrapped(learner, settings, world)  # evaluation, sampling and saving use the raw `model`
     world.print(f"{name}: {model.num_parameters():,} parameters, {settings.steps} steps of {settings.batch_tokens} tokens "
                 f"= {world.size} processes x {rows} rows x {T} tokens x {accumulation} accumulated, on {world.device}"
                 + (f", from step {begin}" if begin else ""))
@@ -403,8 +405,9 @@ def train(settings, world, labeler=None, name="train", resume=False, teacher=Non
                 mfu = peak and model.flops_per_token() * speed / (peak * world.size)
                 val_loss = evaluate(model, val, settings, world) if validating else None
                 agreement = review_concepts(model, val, settings, world, labeler) if labeler and (saving or last) else None
-                note(done, ntp_loss=ntp, concept_loss=concept if labeler else None, **({"kd_loss": concept} if teacher else {}), val_loss=val_loss, lr=lr,
-                     grad_norm=norm, tok_per_s=round(speed), mfu=mfu)
+                note(done, ntp_loss=ntp, concept_loss=concept if labeler else None,
+                     **({"kd_loss": concept} if teacher else {}), val_loss=val_loss, lr=lr, grad_norm=norm,
+                     tok_per_s=round(speed), mfu=mfu)
                 if validating:
                     concepts = f" | concept {concept:.3f}" if labeler else f" | kl {concept:.3f}" if teacher else ""
                     use = f" | mfu {mfu:.1%}" if mfu else ""
@@ -439,67 +442,73 @@ class ReportSettings:
             raise ValueError("--report needs folders of finished runs, as in --report out/tiny/ntp out/tiny/cocomix")
 
 
-# What changes neither what a run learns nor what its last line says: runs that differ in no more than this and the seed are one row.
-INCIDENTAL = ("seed", "out", "device", "resume", "micro_batch", "compile", "gradient_checkpointing", "labels", "labels_name",
-              "eval_interval", "log_interval", "save_interval")
+# Runs that differ in no more than this are one row: it changes neither what a run learns nor its final loss.
+INCIDENTAL = ("seed", "out", "device", "resume", "micro_batch", "compile", "gradient_checkpointing", "labels",
+              "labels_name", "eval_interval", "log_interval", "save_interval")
+# Where these are equal, validation losses are of the same tokens, each with the same context.
+COMPARABLE = {"tokenizer": "tokenizers", "val_data": "validation texts", "block_size": "--block_size",
+              "eval_tokens": "--eval_tokens"}
 
 
 def read_run(folder):
-    """The records of a finished run's log.jsonl. OSError if there is none; ValueError if it is damaged or none of train.py's, or
-    if the run is not at its last step."""
-    path = Path(folder) / "log.jsonl"
+    """The records of a finished run's log.jsonl. FileNotFoundError if there is none; ValueError if it is damaged or none
+    of train.py's, or if the run is not at its last step."""
+    path, again = Path(folder) / "log.jsonl", f"train again with `python train.py --mode MODE --out {folder}`"
     if not path.is_file():
-        inside = sorted(str(p.parent) for p in Path(folder).glob("*/log.jsonl"))
-        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside[:4])}{' ...' * (len(inside) > 4)}" if inside
-                                else "name the --out folder of a `python train.py` run"))
+        inside = sorted(str(p.parent) for p in Path(folder).glob("*/log.jsonl"))[:4]
+        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside)}"
+                                if inside else "name the --out folder of a `python train.py` run"))
     log = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            record = json.loads(line)
-            if not math.isfinite(record["step"] + record["tokens"] + record["seconds"] + (record.get("val_loss") or 0)):
+            record = {"val_loss": None, **json.loads(line)}
+            if not math.isfinite(record["step"] + record["tokens"] + record["seconds"] + (record["val_loss"] or 0)):
                 raise ValueError("a number that is not finite")
             log.append(record)
         except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"line {number} of {path} is damaged or none of train.py's ({e!r}): `--resume` writes the log anew from "
-                             "the checkpoint") from e
-    first = {**log[0], **dict(log[0].get("settings") or {})} if log else {}
-    missing = {"parameters", "flops_per_token", "tokenizer", "val_data", "seed", "out", "steps", "block_size", "eval_tokens"} - set(first)
+            raise ValueError(f"line {number} of {path} is damaged or none of train.py's ({e!r}): `--resume` writes the log "
+                             "anew from the checkpoint") from e
+    if not log:
+        raise ValueError(f"{path} is empty: {again}")
+    first = log[0] | (settings if isinstance(settings := log[0].get("settings"), dict) else {})
+    missing = {"parameters", "flops_per_token", "seed", "out", "steps", *COMPARABLE} - set(first)
     if missing:
-        raise ValueError(f"{path} is " + (f"no log of this train.py: its first line lacks {', '.join(sorted(missing))}" if log else "empty")
-                         + ": train again with `python train.py --mode MODE --out FOLDER`")
+        raise ValueError(f"{path} is no log of this train.py, its first line lacks {', '.join(sorted(missing))}: {again}")
     step, steps = log[-1]["step"], first["steps"]
-    if step < steps or log[-1].get("val_loss") is None:
+    if step < steps or log[-1]["val_loss"] is None:
         raise ValueError(f"{folder} is unfinished, at step {step} of {steps}: go on with its own command and --resume")
     return log
 
 
 def rows_of(runs):
-    """{folder: log} -> {row's name: {seed: log}}: runs that differ only in the seed are one row, named by a pattern of their
-    folders without what is common to all rows. ValueError if two differ in nothing, or if their losses are of different tokens."""
-    groups, first = {}, next(iter(runs))
+    """{folder: log} -> {row's name: {seed: log}}: runs that differ only in the seed are one row, named by a pattern of
+    their folders. ValueError if two differ in nothing, or if their losses are of different tokens."""
+    rows, first = {}, next(iter(runs))
     for folder, log in runs.items():
-        for key, what in (("tokenizer", "tokenizers"), ("val_data", "validation texts"), ("block_size", "--block_size"), ("eval_tokens", "--eval_tokens")):
-            one, other = (r[0].get(key, r[0]["settings"].get(key)) for r in (runs[first], log))
+        settings = dict(log[0]["settings"])
+        for key, what in COMPARABLE.items():
+            one, other = ((r[0] | r[0]["settings"])[key] for r in (runs[first], log))
             if one != other:
-                raise ValueError(f"{first} and {folder} have different {what}, {one} and {other}: their losses are not of the same "
-                                 "tokens and cannot be compared; report them apart")
-        settings = {k: v for k, v in log[0]["settings"].items() if k not in INCIDENTAL}
+                raise ValueError(f"{first} and {folder} have different {what}, {one} and {other}: their losses are not of "
+                                 "the same tokens and cannot be compared; report them apart")
         for key in ("teacher", "sae"):  # one that was made beside this run differs between seeds only in its place
             with suppress(ValueError):
-                settings[key] = str(Path(settings[key]).relative_to(Path(log[0]["settings"]["out"]).parent))
-        seeds = groups.setdefault(json.dumps(settings, sort_keys=True), {})
-        seed = log[0]["settings"]["seed"]
-        if seed in seeds:
-            raise ValueError(f"{seeds[seed][0]} and {folder} differ neither in settings nor in seed: name one of them")
-        seeds[seed] = folder, log
+                settings[key] = str(Path(settings[key]).relative_to(Path(settings["out"]).parent))
+        kind = json.dumps({k: v for k, v in settings.items() if k not in INCIDENTAL}, sort_keys=True)
+        twin = rows.setdefault(kind, {}).setdefault(settings["seed"], folder)
+        if twin != folder:
+            raise ValueError(f"{twin} and {folder} differ neither in settings nor in seed: name one of them")
 
-    def pattern(names):
+    def pattern(names):  # out/a_0, out/a_1 -> out/a_*
         start = os.path.commonprefix(names)
         end = os.path.commonprefix([name[len(start):][::-1] for name in names])[::-1]
         return names[0] if len(names) == 1 else f"{start}*{end}"
-    names = [pattern([folder for folder, _ in seeds.values()]) for seeds in groups.values()]
-    above = os.path.commonpath([os.path.dirname(name) for name in names]) if len(names) > 1 else ""
-    return {os.path.relpath(name, above) if above else name: {seed: log for seed, (_, log) in seeds.items()} for name, seeds in zip(names, groups.values())}
+    names = [pattern(list(seeds.values())) for seeds in rows.values()]
+    above = ""  # the folder of all rows goes without saying
+    if len(names) > 1 and len(set(map(os.path.isabs, names))) == 1:
+        above = os.path.commonpath(list(map(os.path.dirname, names)))
+    return {os.path.relpath(name, above) if above else name: {seed: runs[folder] for seed, folder in seeds.items()}
+            for name, seeds in zip(names, rows.values())}
 
 
 def curve(log):
@@ -518,7 +527,7 @@ def tokens_to(target, log):
 
 
 def student_t(df, share=0.95):
-    """The t with P(|T| < t) = share for Student's distribution: T = sqrt(df) tan(a), where the density of a is cos(a)^(df - 1)."""
+    """The t with P(|T| < t) = share for Student's distribution: T = sqrt(df) tan(a), where a has density cos(a)^(df - 1)."""
     a = torch.linspace(0, math.pi / 2, 100_001, dtype=torch.float64)
     area = torch.cumulative_trapezoid(a.cos() ** (df - 1), a)
     return math.sqrt(df) * math.tan(a[1 + int(torch.searchsorted(area, share * area[-1]))])
@@ -530,25 +539,27 @@ def spread(values, form="{:.4f}"):
 
 
 def compare(rows, baseline):
-    """Markdown table of `rows` {name: {seed: log}}, beside the row named `baseline`."""
-    def cell(name):
-        return f"`{name}`" if "*" in name else name
-    base = rows[baseline]
-    table = [f"| run | seeds | parameters | tokens | training FLOPs | time | validation loss | difference to {cell(baseline)} | tokens saved |",
-             "|---" * 9 + "|"]
+    """Markdown table of `rows` {name: {seed: log}}. Each is compared with the row named `baseline`, seed by seed."""
+    names = {name: f"`{name}`" if "*" in name else name for name in rows}
+    table = [("run", "seeds", "parameters", "tokens", "training FLOPs", "time", "validation loss",
+              f"difference to {names[baseline]}", "tokens saved")]
     for name, logs in rows.items():
         first, end = next(iter(logs.values()))[0], [log[-1] for log in logs.values()]
-        both = [seed for seed in logs if seed in base and name != baseline]
-        gaps = [logs[s][-1]["val_loss"] - base[s][-1]["val_loss"] for s in both]
-        reached = [tokens_to(base[s][-1]["val_loss"], logs[s]) for s in both]
-        saved = [100 * (1 - tokens / base[s][-1]["tokens"]) for s, tokens in zip(both, reached) if tokens is not None]
-        half = student_t(len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else None
-        gap = f"{mean(gaps):+.4f}" + (f" [{mean(gaps) - half:+.4f}, {mean(gaps) + half:+.4f}]" if half is not None else "") if gaps else "-"
-        some = f" ({len(saved)} of {len(both)} seeds)" if len(saved) < len(both) else ""
-        saving = spread(saved, "{:.1f}") + f" %{some}" if saved else "not reached" if both else "-"
-        table.append(f"| {cell(name)} | {len(logs)} | {first['parameters']:,} | {end[0]['tokens']:,} | {first['flops_per_token'] * end[0]['tokens']:.2e} | "
-                     f"{mean([r['seconds'] for r in end]):,.0f} s | {spread([r['val_loss'] for r in end])} | {gap} | {saving} |")
-    return "\n".join(table)
+        pairs = [(log, rows[baseline][s]) for s, log in logs.items() if s in rows[baseline] and name != baseline]
+        gaps = [log[-1]["val_loss"] - base[-1]["val_loss"] for log, base in pairs]
+        difference = f"{mean(gaps):+.4f}" if gaps else "-"
+        if len(gaps) > 1:  # 95 % interval of the mean
+            half = student_t(len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
+            difference += f" [{mean(gaps) - half:+.4f}, {mean(gaps) + half:+.4f}]"
+        reached = [(tokens_to(base[-1]["val_loss"], log), base[-1]["tokens"]) for log, base in pairs]
+        saved = [100 * (1 - tokens / all_tokens) for tokens, all_tokens in reached if tokens is not None]
+        some = f" ({len(saved)} of {len(pairs)} seeds)" if len(saved) < len(pairs) else ""
+        table.append((names[name], len(logs), f"{first['parameters']:,}", f"{end[0]['tokens']:,}",
+                      f"{first['flops_per_token'] * end[0]['tokens']:.2e}", f"{mean([r['seconds'] for r in end]):,.0f} s",
+                      spread([r["val_loss"] for r in end]), difference,
+                      spread(saved, "{:.1f}") + f" %{some}" if saved else "not reached" if pairs else "-"))
+    lines = [f"| {' | '.join(map(str, row))} |" for row in table]
+    return "\n".join([lines[0], "|---" * len(table[0]) + "|", *lines[1:]])
 
 
 def plot(rows, path):
@@ -587,9 +598,11 @@ def report_runs(settings):
     baseline = next(name for name, logs in rows.items() if any(log is runs[wanted] for log in logs.values()))
     if settings.plot:
         plot(rows, settings.plot)
-    print(f"{compare(rows, baseline)}\n\nMean ± standard deviation over seeds. Differences: of the same seeds' final losses, in nats, with their 95 % interval "
-                "(Student's t). Tokens saved:\nwhere the loss first reaches the baseline's final one of the same seed. FLOPs are the "
-                "trained model's own: those of a teacher or SAE are not counted." + f"\n\n{settings.plot}" * bool(settings.plot))
+    print(compare(rows, baseline))
+    print("\nMean ± standard deviation over seeds. Differences: of the same seeds' final losses, in nats, with their 95 % "
+          "interval (Student's t).\nTokens saved: where the loss first reaches the baseline's final one of the same seed. "
+          "FLOPs are the trained model's own:\nthose of a teacher or SAE are not counted."
+          + f"\n\n{settings.plot}" * bool(settings.plot))
 
 
 # ---- mode all: the whole method ----------------------------------------------------------------------------
@@ -667,7 +680,8 @@ def pipeline(settings, world):
         models[name], logs[name] = stage(student, world, name, labeler)
     if world.main:
         labels = max(log[-1]["label_seconds"] for log in logs.values())
-        text = (f"{compare({name: {settings.seed: log} for name, log in logs.items()}, 'NTP')}\n\nConcept labels, made once for both students: {labels:.0f} s. This call: "
+        table = compare({name: {settings.seed: log} for name, log in logs.items()}, "NTP")
+        text = (f"{table}\n\nConcept labels, made once for both students: {labels:.0f} s. This call: "
                 f"{time.perf_counter() - start:.0f} s.\n\nCoCoMix goes on from validation text:\n\n"
                 f"{sample(models['CoCoMix'], settings, world)}\n")
         with atomic(out / "report.md") as tmp:
@@ -681,7 +695,8 @@ def check_labels(cached, settings, world):
     identity, wrong = cached.identity(), []
     loaders = {"teacher": load_teacher, "sae": lambda name, world: TopKSAE.from_checkpoint(load_checkpoint(name, "sae"))}
     if cached.header["bfloat16"] != world.bfloat16(settings.dtype):
-        wrong.append(f"--dtype {settings.dtype}, the labels were made in {'bfloat16' if cached.header['bfloat16'] else 'float32'}")
+        made_in = "bfloat16" if cached.header["bfloat16"] else "float32"
+        wrong.append(f"--dtype {settings.dtype}, the labels were made in {made_in}")
     for (key, load), made in zip(loaders.items(), cached.header["made_from"]):
         name = getattr(settings, key)
         same = fingerprint(load(name, world)) == identity[key] if Path(name).is_file() else name in ("", made)
@@ -690,8 +705,8 @@ def check_labels(cached, settings, world):
     wrong += [f"--{k} {getattr(settings, k)}, the labels have {made}" for k in rules
               if getattr(settings, k) != (made := identity[k.removeprefix("sae_")])]
     if wrong:
-        raise ValueError(f"the labels cached in {settings.data} do not fit: {'; '.join(wrong)}. Make others with `python sae.py "
-                         "label`, or correct those flags")
+        raise ValueError(f"the labels cached in {settings.data} do not fit: {'; '.join(wrong)}. Make others with "
+                         "`python sae.py label`, or correct those flags")
 
 
 def single(settings, world):
@@ -703,7 +718,8 @@ def single(settings, world):
         labeler = CachedLabels(settings.data, settings.block_size, settings.labels_name)
         check_labels(labeler, settings, world)
         (teacher, sae), file = labeler.header["made_from"], labeler.header["sae_file"]
-        settings = replace(settings, teacher=teacher, sae=f"openai:{file}" if sae.startswith("openai") else file)  # for the log
+        sae = f"openai:{file}" if sae.startswith("openai") else file
+        settings = replace(settings, teacher=teacher, sae=sae)  # for the log
     elif settings.mode == "cocomix":
         teacher = load_teacher(settings.teacher, world)
         sae, layer, path = load_sae(settings, teacher, world)
@@ -712,10 +728,11 @@ def single(settings, world):
         T = min(settings.block_size, teacher.config.block_size)
         data = Windows(settings.data, "train", T, vocab_size=teacher.config.vocab_size)
         figures = evaluate_sae(teacher, sae, layer, data, 8192, world)
-        doubt = f"""; WARNING: above 0.5 it hardly reconstructs this teacher. Likely the layer is wrong (it reads block {layer}:
---sae_layer), the SAE is another teacher's, or it was trained on inputs normalised otherwise (TopK form is assumed)"""
+        doubt = (f"; WARNING: above 0.5 it hardly reconstructs this teacher. Likely the layer is wrong (it reads block {layer}: "
+                 "--sae_layer), the SAE is another teacher's, or it was trained on inputs normalised otherwise (TopK form is "
+                 "assumed)")
         world.print(f"SAE: fraction of variance unexplained {figures['fvu']:.3f} on training text"
-                    + doubt.replace("\n", " ") * (figures["fvu"] > 0.5))
+                    + doubt * (figures["fvu"] > 0.5))
         labeler = Labeler(teacher, sae, layer, settings.n_labels, settings.rank_by, world.autocast(settings.dtype),
                           compile=world.compiles(settings.compile))
     elif settings.mode == "kd":
@@ -772,8 +789,8 @@ def score(model, pairs, settings, world):
     T, groups, alone, jobs, found = model.config.block_size, {}, [], [], {}  # a job: (tokens shared, numbers of its pairs)
     for i, (context, continuation) in enumerate(pairs):
         if not 1 <= len(continuation) <= T or not context:
-            raise ValueError(f"a text of {len(context)} tokens of context and {len(continuation)} to score: a model with blocks of {T} "
-                             f"scores 1 to {T} after at least 1; leave that task out")
+            raise ValueError(f"a text of {len(context)} tokens of context and {len(continuation)} to score: a model with "
+                             f"blocks of {T} scores 1 to {T} after at least 1; leave that task out")
         groups.setdefault(tuple(context), []).append(i)
     def cut(shared, members):  # into passes of at most batch_tokens
         longest = max(min(T, len(pairs[i][0]) + len(pairs[i][1])) for i in members)
@@ -874,22 +891,23 @@ def find_tasks(settings):
     for name in names:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}" + f": did you mean {', '.join(near)}?" * bool(near))
+            raise ValueError(f"--tasks: lm-evaluation-harness has no task {name!r}"
+                             + f": did you mean {', '.join(near)}?" * bool(near))
     return simple_evaluate, names, manager
 
 
 def run_tasks(model, encoding, settings, world):
     """{task: {metric: [value, standard error or None]}} of the harness."""
     simple_evaluate, names, manager = find_tasks(settings)
-    done = simple_evaluate(harness_model(model, encoding, settings, world), tasks=names, task_manager=manager, log_samples=False,
-                           limit=settings.limit or None, bootstrap_iters=1000)
+    done = simple_evaluate(harness_model(model, encoding, settings, world), tasks=names, task_manager=manager,
+                           log_samples=False, limit=settings.limit or None, bootstrap_iters=1000)
     tasks = {}
     for task, result in done["results"].items() if done else ():  # one process of a node is given the results
         for key, value in result.items():
             metric, _, rule = key.partition(",")  # a metric, and the rule by which answers are filtered
             if isinstance(value, float) and not metric.endswith("_stderr"):
-                error = result.get(f"{metric}_stderr,{rule}")
-                tasks.setdefault(task, {})[metric if rule == "none" else f"{metric} {rule}"] = [value, error if isinstance(error, float) else None]
+                error, name = result.get(f"{metric}_stderr,{rule}"), metric if rule == "none" else f"{metric} {rule}"
+                tasks.setdefault(task, {})[name] = [value, error if isinstance(error, float) else None]
     return tasks
 
 
@@ -899,10 +917,12 @@ def open_model(name, settings, world):
         model, folder = load_teacher(name, world), settings.data
         tokenizer = {V: k for k, V in VOCABULARIES.items()}.get(model.config.vocab_size)
         if tokenizer is None:
-            raise ValueError(f"{name} has a vocabulary of {model.config.vocab_size}, none of the tokenizers here: {VOCABULARIES}")
+            raise ValueError(f"{name} has a vocabulary of {model.config.vocab_size}, none of the tokenizers here: "
+                             f"{VOCABULARIES}")
     else:
         ckpt = load_checkpoint(name, "model", mmap=True)  # its optimiser is not read
-        model, tokenizer, folder = CoCoMix.from_checkpoint(ckpt), ckpt["tokenizer"], settings.data or ckpt["log"][0]["settings"]["data"]
+        model, tokenizer = CoCoMix.from_checkpoint(ckpt), ckpt["tokenizer"]
+        folder = settings.data or ckpt["log"][0]["settings"]["data"]
         if settings.tasks and not settings.data and not Path(folder).is_dir():
             folder = ""  # the tasks can do without
     if not (folder or settings.tasks):
@@ -912,10 +932,11 @@ def open_model(name, settings, world):
 
 
 def results_table(found):
-    """Markdown: a row for each metric, a column for each model of {model: {"val": {metric: [value, error]}, "tasks": {...}}}."""
+    """Markdown: a row for each metric, a column for each model of {model: {"val": {metric: [value, error]}, "tasks": ...}}."""
     columns = [{**({"val": f["val"]} if "val" in f else {}), **f.get("tasks", {})} for f in found.values()]
     table = [f"| task | metric | {' | '.join(found)} |", "|---" * (2 + len(found)) + "|"]
-    for task, metric in dict.fromkeys((task, metric) for column in columns for task, result in column.items() for metric in result):
+    rows = dict.fromkeys((task, metric) for column in columns for task, result in column.items() for metric in result)
+    for task, metric in rows:
         cells = []
         for column in columns:
             value, error = column.get(task, {}).get(metric, (None, None))
@@ -933,7 +954,8 @@ def evaluate_models(settings, world):
         open_model(name, settings, world)
     for name in names:
         model, tokenizer, windows = open_model(name, settings, world)
-        world.print(f"evaluating {name}, {model.num_parameters():,} parameters" + (f", on {windows.folder}" if windows else ""))
+        where = f", on {windows.folder}" if windows else ""
+        world.print(f"evaluating {name}, {model.num_parameters():,} parameters{where}")
         found[name] = {"parameters": model.num_parameters(), "data": str(windows.folder) if windows else None}
         if windows:
             found[name]["val"] = whole_split_loss(model, windows, settings, world)
@@ -952,7 +974,7 @@ def evaluate_models(settings, world):
 class BenchSettings:
     """Time training steps, generation or SAE steps, on random weights and tokens; prints a line of JSON."""
     bench: Literal["tiny", "69m", "386m", "1.4b"] = "tiny"  # sizes: of the presets; tiny is a model of width 256
-    mode: Literal["cocomix", "cached", "ntp", "pause", "generate", "sae"] = "cocomix"  # steps (cocomix makes labels in them, cached has them), sampling, SAE steps
+    mode: Literal["cocomix", "cached", "ntp", "pause", "generate", "sae"] = "cocomix"  # cached: labels are there already
     batch: int = 8  # rows a step, of each process
     steps: int = 5  # timed steps, after two to warm up
     device: str = "auto"  # cuda, mps or cpu; auto finds it
@@ -968,22 +990,24 @@ class BenchSettings:
 def bench(settings, world):
     """The command --bench. Medians in ms; the student's FLOPs (`flops_per_token`) as a share of the rate of a large matrix
     product measured here, and as `mfu` of the datasheet's peak where that is known."""
-    size = PRESETS[settings.bench] if settings.bench != "tiny" else dict(n_layer=6, n_head=8, n_embd=256, insert_layer=3, block_size=256, ntp={})
     tiny, ntp = settings.bench == "tiny", settings.mode == "ntp"
-    shape = dict(block_size=size["block_size"], vocab_size=8192 if tiny else 50257, vocab_multiple=64, n_layer=size["n_layer"], n_head=size["n_head"])
-    mix = dict(mix=MIX.get(settings.mode, "concept"), insert_layer=size["insert_layer"], n_concepts=4096 if tiny else 32768, k_concepts=32)
-    width = size["ntp"].get("n_embd", size["n_embd"]) if ntp else size["n_embd"]
+    size = PRESETS[settings.bench] if not tiny else dict(n_layer=6, n_head=8, n_embd=256, insert_layer=3, block_size=256)
+    V, C, teacher_width, T = (8192, 4096, 256, 256) if tiny else (50257, 32768, 768, 1024)
+    shape = dict(block_size=T, vocab_size=V, vocab_multiple=64, n_layer=size["n_layer"], n_head=size["n_head"])
+    mix = dict(mix=MIX.get(settings.mode, "concept"), insert_layer=size["insert_layer"], n_concepts=C, k_concepts=32)
+    width = size["ntp"]["n_embd"] if ntp and not tiny else size["n_embd"]
     torch.manual_seed(0)
-    model, T = CoCoMix(CoCoMixConfig(**shape, **mix, n_embd=width)).to(world.device), size["block_size"]
+    model = CoCoMix(CoCoMixConfig(**shape, **mix, n_embd=width)).to(world.device)
     model.gradient_checkpointing, autocast = settings.gradient_checkpointing, world.autocast(settings.dtype)
-    V, C, teacher_width = shape["vocab_size"], mix["n_concepts"], 256 if tiny else 768
     if settings.mode == "cocomix":
-        teacher = CoCoMix(CoCoMixConfig(**{**shape, "n_embd": 256} if tiny else {}, mix="none")).to(world.device).eval().requires_grad_(False)
+        config = CoCoMixConfig(**{**shape, "n_embd": 256} if tiny else {}, mix="none")  # else GPT-2
+        teacher = CoCoMix(config).to(world.device).eval().requires_grad_(False)
     if settings.mode in ("cocomix", "sae"):
         sae = TopKSAE(teacher_width, C, 32).to(world.device)
     if settings.mode == "cocomix":
         labeler = Labeler(teacher, sae, size.get("sae_layer", 2), autocast=autocast, compile=world.compiles(settings.compile))
-    idx, sync = torch.randint(V, (settings.batch, T), device=world.device), torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
+    idx = torch.randint(V, (settings.batch, T), device=world.device)
+    sync = torch.cuda.synchronize if world.device.type == "cuda" else lambda: None
 
     def timed(*works):  # median seconds of each, alternating, after two rounds to warm up
         rounds = []
@@ -996,17 +1020,20 @@ def bench(settings, world):
                 rounds[-1].append(time.perf_counter() - start)
         return [sorted(column)[len(column) // 2] for column in zip(*rounds[2:])]
 
-    result = {"size": settings.bench, "mode": settings.mode, "device": str(world.device), "processes": world.size, "batch": settings.batch}
+    result = {"size": settings.bench, "mode": settings.mode, "device": str(world.device), "processes": world.size,
+              "batch": settings.batch}
     if settings.mode == "generate":
         for context in (1, min(128, T // 2), T - 17):
             works = [partial(model.generate, idx[:1, :context], 16, cached=cached) for cached in (True, False)]
             fast, slow = timed(*works)
             result |= {f"context_{context}": {"cached": round(16 / fast, 1), "not_cached": round(16 / slow, 1)}}
     elif settings.mode == "sae":
-        x, optimizer = torch.randn(settings.batch * T, teacher_width, device=world.device), torch.optim.Adam(sae.parameters(), fused=True)
+        x = torch.randn(settings.batch * T, teacher_width, device=world.device)
+        optimizer = torch.optim.Adam(sae.parameters(), fused=True)
 
         def dense(values, indices, mu=0.0, std=1.0):  # all C latents, most of them 0
-            return torch.zeros(*values.shape[:-1], C, device=values.device).scatter(-1, indices, values) @ sae.decoder + sae.pre_bias
+            latents = torch.zeros(*values.shape[:-1], C, device=values.device).scatter(-1, indices, values)
+            return latents @ sae.decoder + sae.pre_bias
 
         def step(decode):
             sae.decode = decode
@@ -1035,8 +1062,9 @@ def bench(settings, world):
         matmul = 2 * len(a) ** 3 / timed(lambda: a @ a)[0]
         speed = settings.batch * T * world.size / (label_s + step_s)
         flops, peak = model.flops_per_token() * settings.batch * T / step_s, peak_flops(world.device)
-        result |= {"tokens": settings.batch * T * world.size, "label_ms": round(1e3 * label_s, 1), "student_ms": round(1e3 * step_s, 1),
-                   "tokens_per_s": round(speed), "student_gflop_per_s": round(flops / 1e9), "matmul_gflop_per_s": round(matmul / 1e9),
+        result |= {"tokens": settings.batch * T * world.size, "label_ms": round(1e3 * label_s, 1),
+                   "student_ms": round(1e3 * step_s, 1), "tokens_per_s": round(speed),
+                   "student_gflop_per_s": round(flops / 1e9), "matmul_gflop_per_s": round(matmul / 1e9),
                    "share_of_matmul": round(flops / matmul, 3), "mfu": peak and round(flops / peak, 4)}
     if world.device.type == "cuda":
         result["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2 ** 20)
