@@ -536,10 +536,11 @@ def test_compiled_labels_are_the_same():
 
 
 def test_a_compiled_step_is_one_graph_with_the_same_gradients():
-    for mix in ("none", "pause", "concept"):
-        model, idx = small(mix), tokens(2, T)
+    for mix in ("none", "pause", "concept", "distilled"):
+        model, idx = small("none" if mix == "distilled" else mix), tokens(2, T)
         labels, grads = tokens(2, T, 4) % 64 if mix == "concept" else None, []
-        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        step = Distilled(model, small("none", seed=1).requires_grad_(False), 1.0) if mix == "distilled" else model
+        for run in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
             run(idx, idx.roll(-1, 1), labels, logits=False).loss.backward()
             grads.append([p.grad.clone() for p in model.parameters()])
             model.zero_grad()
