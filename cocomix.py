@@ -365,8 +365,8 @@ class CoCoMix(nn.Module):
     def check_steerable(self):
         """ValueError unless concepts are mixed into this model."""
         if self.config.mix != "concept" or self.config.insertion == "none":
-            raise ValueError(f"a model of mix={self.config.mix!r}, insertion={self.config.insertion!r} mixes in no concepts to "
-                             "steer: take one of mix='concept'")
+            raise ValueError(f"a model of mix={self.config.mix!r}, insertion={self.config.insertion!r} mixes in no concepts "
+                             "to steer: take one of mix='concept' with insertion='interleave' or 'add'")
 
     # ---- around the architecture: sampling, steering, optimiser, bookkeeping -------------------------------
 

@@ -190,8 +190,8 @@ def check_teacher_reads(teacher, block_size, vocab_size):
     """ValueError unless the teacher is a plain GPT that reads blocks of that many tokens of that vocabulary."""
     check_pair(teacher, 0)
     if teacher.config.vocab_size != vocab_size:
-        raise ValueError(f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the data's {vocab_size}: train the "
-                         "teacher on data of the same tokenizer")
+        raise ValueError(f"the teacher's vocabulary has {teacher.config.vocab_size} tokens, the data's {vocab_size}: make the "
+                         "data with the teacher's tokenizer (python data.py --tokenizer), or train a teacher on this data")
     if teacher.config.block_size < block_size:
         raise ValueError(f"--block_size {block_size} is longer than the teacher's {teacher.config.block_size}: lower it")
 

@@ -1555,12 +1555,22 @@ def test_distillation_is_its_definition():
     assert out.ntp_loss.item() == pytest.approx(ntp.item(), rel=1e-5) and out.concept_loss.item() == pytest.approx(kl.item(), rel=1e-5)
     for a, p in zip(got, student.parameters()):
         assert torch.allclose(a, p.grad, atol=1e-4 * p.grad.abs().max().item())
-    x, w, soft_x, soft_w = torch.randn(11, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.randn(11, 6), torch.randn(19, 6)
-    whole = [f.clone() for f in torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w, 17), (x, w))]
-    parts = torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w, 17, chunk=4), (x, w))
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts)) and w.grad is None and not whole[1][17:].any()
+    x, w, soft_x, soft_w = torch.randn(11, 8, requires_grad=True), torch.randn(17, 8, requires_grad=True), torch.randn(11, 6), torch.randn(17, 6)
+    whole = torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w), (x, w))
+    parts = torch.autograd.grad(train_module.distillation(x, w, soft_x, soft_w, chunk=4), (x, w))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(whole, parts)) and w.grad is None
     same = Distilled(student, student, 1.0)(idx, targets)
     assert abs(same.concept_loss.item()) < 1e-6  # a student that is its teacher has nothing to learn from it
+
+
+def test_distillation_in_bf16_stands_a_teacher_whose_logits_lie_far_below_zero():
+    """As GPT-2's do: at -100 bf16 rounds to halves. What is common to all tokens changes no distribution."""
+    student, teacher, idx = small("none"), small("none", seed=5, scale=4.0).requires_grad_(False), tokens(8, T)
+    teacher.ln_f.weight[0], teacher.ln_f.bias[0], teacher.wte.weight[:, 0] = 0.0, 1.0, -100.0
+    assert -130 < teacher(idx).logits.mean() < -70
+    want = Distilled(student, teacher, 1.0)(idx, idx).concept_loss.item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Distilled(student, teacher, 1.0)(idx, idx).concept_loss.item() == pytest.approx(want, rel=0.005)
 
 
 def test_distillation_holds_no_logits():
@@ -1611,8 +1621,9 @@ def test_distillation_refuses_teachers_that_do_not_fit(corpus, trained, tmp_path
     with pytest.raises(ValueError, match="plain GPT"):
         train(settings(corpus, tmp_path / "o", **flags), World("cpu"), teacher=pause)
     train_module.single(settings(corpus, tmp_path / "o", **flags), World("cpu"))
-    with pytest.raises(ValueError, match="kd_weight"):
-        train_module.single(settings(corpus, tmp_path / "o", kd_weight=3.0, resume=True, **flags), World("cpu"))
+    for changes, words in (({**flags, "kd_weight": 3.0}, "kd_weight"), (dict(mode="ntp"), "teacher, kd_weight")):
+        with pytest.raises(ValueError, match=words):
+            train_module.single(settings(corpus, tmp_path / "o", resume=True, **changes), World("cpu"))
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
@@ -1649,11 +1660,23 @@ def test_a_report_on_made_up_logs(tmp_path, monkeypatch, capsys):
     assert found["mix_*"][7] == "25.0 ± 0.0 %" and found["worse"][6:] == ["+1.0000", "not reached"] and found["other"][6:] == ["-", "-"]
     report_runs(ReportSettings(("out/ntp_0", "out/worse", "out/mix_1", "out/mix_0"), baseline="out/worse"))
     found = cells(capsys.readouterr().out)
-    assert found["ntp_0"][6:] == ["-1.0000", "50.0 %"] and found["worse"][6] == "-" and found["mix_*"][6] == "-1.5000"  # one pair: no interval
+    assert found["ntp_0"][6:] == ["-1.0000", "50.0 %"] and found["worse"][6] == "-" and found["mix_*"][6] == "-1.5000 (1 of 2 seeds)"  # one pair: no interval
     write_log("out/late_1", [5.0, 4.0, 2.0, 1.9], 1, mode="late")  # reaches 2.2 after 190 of the baseline's 200 tokens, but never 2.0 less
     write_log("out/late_0", [5.0, 4.0, 3.0, 2.5], 0, mode="late")
     report_runs(ReportSettings(("out/ntp_0", "out/ntp_1", "out/late_0", "out/late_1")))
     assert cells(capsys.readouterr().out)["late_*"][7] == "5.0 % (1 of 2 seeds)"
+
+
+def test_report_rows_have_names_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for number, (seed, lr) in enumerate(((0, 1.0), (1, 1.0), (0, 2.0), (1, 2.0))):
+        write_log(f"out/run_{number}", [3.0, lr + seed], seed, lr=lr)
+    report_runs(ReportSettings(tuple(f"out/run_{number}" for number in range(4)), baseline="out/run_3"))
+    found = cells(capsys.readouterr().out)
+    assert found["out/run_0, out/run_1"][6] == "-1.0000 [-1.0000, -1.0000]" and found["out/run_2, out/run_3"][6] == "-"
+    write_log("here", [3.0, 2.0])
+    report_runs(ReportSettings(("here", str(tmp_path / "out" / "run_2"))))  # a relative path and an absolute one
+    assert list(cells(capsys.readouterr().out)) == ["run", "here", str(tmp_path / "out" / "run_2")]
 
 
 def test_runs_of_several_seeds_with_their_own_teachers_are_one_row(tmp_path, capsys):
@@ -1663,6 +1686,14 @@ def test_runs_of_several_seeds_with_their_own_teachers_are_one_row(tmp_path, cap
     write_log(tmp_path / "third", [3.0, 2.0], 2, mode="cocomix", teacher=str(tmp_path / "seed0" / "ntp" / "ckpt.pt"))
     report_runs(ReportSettings((str(tmp_path / "seed0" / "cocomix"), str(tmp_path / "seed1" / "cocomix"), str(tmp_path / "third"))))
     assert list(cells(capsys.readouterr().out))[1:] == ["seed*/cocomix", "third"]
+    for seed, size in enumerate(("big", "small")):  # two teachers, not one of two seeds
+        write_log(tmp_path / size / "mix", [3.0, 2.0], seed, mode="cocomix", teacher=str(tmp_path / size / "ntp" / "ckpt.pt"))
+    report_runs(ReportSettings((str(tmp_path / "big" / "mix"), str(tmp_path / "small" / "mix"))))
+    assert list(cells(capsys.readouterr().out))[1:] == ["big/mix", "small/mix"]
+    write_log(tmp_path / "old", [3.0, 2.0], 0)  # written before some settings existed
+    write_log(tmp_path / "new", [3.0, 2.0], 1, insertion="interleave", kd_weight=1.0)
+    report_runs(ReportSettings((str(tmp_path / "old"), str(tmp_path / "new"))))
+    assert len(cells(capsys.readouterr().out)) == 2
 
 
 @pytest.mark.parametrize("df,t", [(1, 12.706205), (2, 4.302653), (4, 2.776445), (9, 2.262157), (100, 1.983972)])
@@ -1675,7 +1706,8 @@ def test_reports_refuse_what_they_cannot_compare(corpus, tmp_path, capsys):
     log = (tmp_path / "a" / "log.jsonl").read_text()
     for name, text, words in (("empty", "", "is empty"), ("cut", log[:-9], "line 3 of .*cut.* is damaged"), ("list", "[1]\n" + log, "line 1"), ("binary", "\0\1", "line 1"),
                               ("settings", '{"step": 0, "tokens": 0, "seconds": 0, "settings": null}\n', "lacks"),
-                              ("nan", log.replace("2.0", "NaN"), "line 3"), ("sae", '{"step": 5, "tokens": 1, "seconds": 1, "fvu": 0.1}\n', "lacks"),
+                              ("nan", log.replace("2.0", "NaN"), "line 3"), ("sae", '{"step": 5, "fvu": 0.1}\n{"step": 6, "loss": 0.1}\n', "lacks parameters"),
+                              ("kinds", log.replace('"seed": 0', '"seed": [0]'), "lacks seed"), ("untimed", log.replace('"seconds": 0.0', '"s": 0'), "line 1"),
                               ("unfinished", log.rsplit("\n", 2)[0] + "\n", "at step 0 of 1.*--resume")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text(text)
@@ -1689,7 +1721,8 @@ def test_reports_refuse_what_they_cannot_compare(corpus, tmp_path, capsys):
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
         with pytest.raises(ValueError, match=words):
             report_runs(ReportSettings((str(tmp_path / "a"), str(tmp_path / name))))
-    for argv, words in (((str(tmp_path / "nothing"),), "does not exist: name the --out"), ((str(tmp_path),), f"--report {tmp_path / 'a'}")):
+    inside = " ".join(str(tmp_path / name) for name in ("a", "bpe", "cut"))  # and so on, but not the SAE's
+    for argv, words in (((str(tmp_path / "nothing"),), "does not exist: name the --out"), ((str(tmp_path),), f"--report {inside}")):
         with pytest.raises(FileNotFoundError, match=re.escape(words)):
             report_runs(ReportSettings(argv))
     with pytest.raises(ValueError, match="--baseline out/x is none"):
@@ -1701,6 +1734,15 @@ def test_reports_refuse_what_they_cannot_compare(corpus, tmp_path, capsys):
     report_runs(ReportSettings((str(tmp_path / "real"),)))
     end = json.loads((tmp_path / "real" / "log.jsonl").read_text().splitlines()[-1])
     assert cells(capsys.readouterr().out)[str(tmp_path / "real")][5] == f"{end['val_loss']:.4f}"
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed in (0, 1):
+        write_log(tmp_path / f"a_{seed}", [3.0, 2.0 + seed, 1.5], seed)
+    for name, begins in (("curves.PNG", b"\x89PNG"), ("curves.svg", b"<?xml")):
+        report_runs(ReportSettings((str(tmp_path / "a_0"), str(tmp_path / "a_1")), plot=str(tmp_path / name)))
+        assert (tmp_path / name).read_bytes().startswith(begins)
 
 
 def test_plots_need_matplotlib_and_say_so(tmp_path, monkeypatch):

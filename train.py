@@ -24,10 +24,11 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -167,9 +168,9 @@ TRAINING = ("steps", "batch_tokens", "lr", "min_lr", "warmup", "weight_decay", "
 
 def run_identity(settings, config, data, labeler, teacher=None):
     """What makes two runs the same experiment, in plain types; not where they run or are written."""
-    distilled = {"teacher": fingerprint(teacher), "kd_weight": settings.kd_weight} if teacher else {}
     return {**{k: getattr(settings, k) for k in TRAINING}, "model": asdict(config), "data": data.fingerprint(),
-            "labels": labeler.identity() if labeler else {}, **distilled}
+            "labels": labeler.identity() if labeler else {}, "teacher": fingerprint(teacher) if teacher else None,
+            "kd_weight": settings.kd_weight if teacher else None}
 
 
 def model_config(settings, vocab_size, labeler):
@@ -257,14 +258,15 @@ def review_concepts(model, windows, settings, world, labeler):
 
 # ---- the distillation baseline -----------------------------------------------------------------------------
 
-def distillation(x, weight, soft_x, soft_weight, vocab_size, chunk=2048):
-    """Sum over tokens of KL(teacher || student), in nats: heads' inputs x (N,D), soft_x (N,D_t) and their weights (rows,D),
-    (rows_t,D_t), of which `vocab_size` rows count -> ().
+def distillation(x, weight, soft_x, soft_weight, chunk=0):
+    """Sum over tokens of KL(teacher || student), in nats: heads' inputs x (N,D), soft_x (N,D_t) and their weights (V,D),
+    (V,D_t) -> ().
 
     Two heads' logits for `chunk` tokens at a time, made again in the backward pass: nothing (N,V) is held."""
     def kl(x, soft_x):
-        ours, theirs = ((a @ w[:vocab_size].T).float().log_softmax(-1) for a, w in ((x, weight), (soft_x, soft_weight)))
+        ours, theirs = ((a @ w.T).float().log_softmax(-1) for a, w in ((x, weight), (soft_x, soft_weight)))
         return F.kl_div(ours, theirs, reduction="sum", log_target=True)
+    chunk = chunk or (512 if x.device.type == "cpu" else 2048)
     return sum(checkpoint(kl, *part, use_reentrant=False) for part in zip(x.split(chunk), soft_x.split(chunk)))
 
 
@@ -274,17 +276,19 @@ class Distilled(torch.nn.Module):
 
     def __init__(self, model, teacher, kd_weight):
         super().__init__()
-        self.model, self.frozen, self.kd_weight = model, [teacher], kd_weight  # in a list: none of its parameters are ours
+        head = teacher.wte.weight.detach()[:model.config.vocab_size]
+        head = head - head.mean(0)  # same softmax; GPT-2's logits lie so far below 0 that bf16 would round them to halves
+        self.model, self.frozen, self.kd_weight = model, (teacher, head), kd_weight  # a tuple: none of it is a parameter of ours
 
     def forward(self, idx, targets, concept_labels=None, logits=False):
         """idx, targets (B,T) -> Output; the KL stands in the place of a concept loss. Every position counts for it."""
-        teacher = self.frozen[0]
+        teacher, soft_head = self.frozen
         with torch.no_grad():
-            soft = teacher.ln_f(teacher.hidden(idx)[0]).flatten(0, 1)
+            soft_x = teacher.ln_f(teacher.hidden(idx)[0]).flatten(0, 1)
         h = self.model.hidden(idx)[0]
         ntp = self.model.token_loss(h, targets) / (targets >= 0).sum().clamp(min=1)
-        x, weights = self.model.ln_f(h).flatten(0, 1), (self.model.wte.weight, teacher.wte.weight)
-        kl = distillation(x, weights[0], soft, weights[1], self.model.config.vocab_size) / idx.numel()
+        x, head = self.model.ln_f(h).flatten(0, 1), self.model.wte.weight[:len(soft_head)]
+        kl = distillation(x, head, soft_x, soft_head) / idx.numel()
         return Output(ntp + self.kd_weight * kl, ntp, kl, None, None)
 
 
@@ -399,7 +403,7 @@ def train(settings, world, labeler=None, name="train", resume=False, teacher=Non
                 seconds, label_seconds = seconds + elapsed - labelling, label_seconds + labelling
                 if not math.isfinite(ntp + concept + norm):  # before anything is saved
                     raise FloatingPointError(
-                        f"loss {ntp}, concept loss {concept}, gradient norm {norm} at step {done}: lower --lr {settings.lr} "
+                        f"loss {ntp}, {'KL' if teacher else 'concept loss'} {concept}, gradient norm {norm} at step {done}: lower --lr {settings.lr} "
                         f"or lengthen --warmup {settings.warmup}; the last good checkpoint, if any, is {out}/ckpt.pt")
                 speed, peak = since * settings.batch_tokens / elapsed, peak_flops(world.device)
                 mfu = peak and model.flops_per_token() * speed / (peak * world.size)
@@ -448,6 +452,7 @@ INCIDENTAL = ("seed", "out", "device", "resume", "micro_batch", "compile", "grad
 # Where these are equal, validation losses are of the same tokens, each with the same context.
 COMPARABLE = {"tokenizer": "tokenizers", "val_data": "validation texts", "block_size": "--block_size",
               "eval_tokens": "--eval_tokens"}
+FIRST_RECORD = {"parameters": int, "flops_per_token": int, "tokenizer": str, "val_data": str, "settings": dict}
 
 
 def read_run(folder):
@@ -455,26 +460,32 @@ def read_run(folder):
     of train.py's, or if the run is not at its last step."""
     path, again = Path(folder) / "log.jsonl", f"train again with `python train.py --mode MODE --out {folder}`"
     if not path.is_file():
-        inside = sorted(str(p.parent) for p in Path(folder).glob("*/log.jsonl"))[:4]
-        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside it, as in --report {' '.join(inside)}"
-                                if inside else "name the --out folder of a `python train.py` run"))
+        inside = sorted(p for p in Path(folder).glob("*/log.jsonl") if '"settings"' in p.read_text(errors="replace"))
+        names = " ".join(str(p.parent) for p in inside)
+        raise FileNotFoundError(f"{path} does not exist: " + (f"name the runs inside {folder}, as in --report {names}"
+                                if names else "name the --out folder of a `python train.py` run"))
     log = []
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            record = {"val_loss": None, **json.loads(line)}
-            if not math.isfinite(record["step"] + record["tokens"] + record["seconds"] + (record["val_loss"] or 0)):
-                raise ValueError("a number that is not finite")
-            log.append(record)
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"line {number} of {path} is damaged or none of train.py's ({e!r}): `--resume` writes the log "
-                             "anew from the checkpoint") from e
+            log.append({"val_loss": None, **json.loads(line)})
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"line {number} of {path} is damaged ({e}): `--resume` writes the log anew from the "
+                             "checkpoint") from e
     if not log:
         raise ValueError(f"{path} is empty: {again}")
-    first = log[0] | (settings if isinstance(settings := log[0].get("settings"), dict) else {})
-    missing = {"parameters", "flops_per_token", "seed", "out", "steps", *COMPARABLE} - set(first)
-    if missing:
-        raise ValueError(f"{path} is no log of this train.py, its first line lacks {', '.join(sorted(missing))}: {again}")
-    step, steps = log[-1]["step"], first["steps"]
+    wrong = [k for k, kind in FIRST_RECORD.items() if not isinstance(log[0].get(k), kind)]
+    if not wrong:
+        defaults = {f.name: f.default for f in fields(TrainSettings)}  # of settings that were not there yet
+        log[0]["settings"] = defaults | log[0]["settings"]
+        wrong = [k for k, v in defaults.items() if type(v) in (int, str) and type(log[0]["settings"][k]) is not type(v)]
+    if wrong:
+        raise ValueError(f"{path} is no log of this train.py, its first line lacks {', '.join(wrong)}: {again}")
+    for number, record in enumerate(log, 1):
+        figures = *(record.get(k) for k in ("step", "tokens", "seconds")), record["val_loss"] or 0
+        if not all(isinstance(n, (int, float)) and abs(n) < math.inf for n in figures):
+            raise ValueError(f"line {number} of {path} is damaged, its step, tokens, seconds and val_loss are {figures}: "
+                             "`--resume` writes the log anew from the checkpoint")
+    step, steps = log[-1]["step"], log[0]["settings"]["steps"]
     if step < steps or log[-1]["val_loss"] is None:
         raise ValueError(f"{folder} is unfinished, at step {step} of {steps}: go on with its own command and --resume")
     return log
@@ -487,28 +498,32 @@ def rows_of(runs):
     for folder, log in runs.items():
         settings = dict(log[0]["settings"])
         for key, what in COMPARABLE.items():
-            one, other = ((r[0] | r[0]["settings"])[key] for r in (runs[first], log))
+            one, other = ((r[0]["settings"] | r[0])[key] for r in (runs[first], log))
             if one != other:
                 raise ValueError(f"{first} and {folder} have different {what}, {one} and {other}: their losses are not of "
                                  "the same tokens and cannot be compared; report them apart")
-        for key in ("teacher", "sae"):  # one that was made beside this run differs between seeds only in its place
-            with suppress(ValueError):
-                settings[key] = str(Path(settings[key]).relative_to(Path(settings["out"]).parent))
+        beside, seed = Path(settings["out"]).parent, settings["seed"]
+        of_seed = beside.parent / re.sub(rf"(?<!\d){seed}(?!\d)", "*", beside.name)
+        for key in ("teacher", "sae"):  # out/seed3/ntp and out/seed4/ntp, made beside runs of these seeds, are one setting
+            if settings[key] and Path(settings[key]).is_relative_to(beside):
+                settings[key] = str(of_seed / Path(settings[key]).relative_to(beside))
         kind = json.dumps({k: v for k, v in settings.items() if k not in INCIDENTAL}, sort_keys=True)
-        twin = rows.setdefault(kind, {}).setdefault(settings["seed"], folder)
+        twin = rows.setdefault(kind, {}).setdefault(seed, folder)
         if twin != folder:
-            raise ValueError(f"{twin} and {folder} differ neither in settings nor in seed: name one of them")
+            raise ValueError(f"{twin} and {folder} differ neither in their seed nor in a setting that changes what is "
+                             "learnt: name one of them")
 
     def pattern(names):  # out/a_0, out/a_1 -> out/a_*
         start = os.path.commonprefix(names)
         end = os.path.commonprefix([name[len(start):][::-1] for name in names])[::-1]
         return names[0] if len(names) == 1 else f"{start}*{end}"
     names = [pattern(list(seeds.values())) for seeds in rows.values()]
-    above = ""  # the folder of all rows goes without saying
-    if len(names) > 1 and len(set(map(os.path.isabs, names))) == 1:
-        above = os.path.commonpath(list(map(os.path.dirname, names)))
-    return {os.path.relpath(name, above) if above else name: {seed: runs[folder] for seed, folder in seeds.items()}
-            for name, seeds in zip(names, rows.values())}
+    if len(set(names)) < len(names):  # run_1 and run_2, run_3 and run_4: a pattern does not tell them apart
+        names = [", ".join(seeds.values()) for seeds in rows.values()]
+    elif len(names) > 1 and len(set(map(os.path.isabs, names))) == 1:  # the folder of all rows goes without saying
+        above = os.path.commonpath(list(map(os.path.dirname, names))) or "."
+        names = [os.path.relpath(name, above) for name in names]
+    return {name: {seed: runs[folder] for seed, folder in seeds.items()} for name, seeds in zip(names, rows.values())}
 
 
 def curve(log):
@@ -521,8 +536,10 @@ def tokens_to(target, log):
     validations; None if it never does."""
     points = curve(log)
     for (t0, l0), (t1, l1) in zip(points, points[1:]):
+        if l0 <= target:
+            return t0
         if l1 <= target:
-            return t1 if l0 == l1 else t0 + (t1 - t0) * max(0.0, (l0 - target) / (l0 - l1))
+            return t0 + (t1 - t0) * (l0 - target) / (l0 - l1)
     return None
 
 
@@ -551,6 +568,7 @@ def compare(rows, baseline):
         if len(gaps) > 1:  # 95 % interval of the mean
             half = student_t(len(gaps) - 1) * stdev(gaps) / math.sqrt(len(gaps))
             difference += f" [{mean(gaps) - half:+.4f}, {mean(gaps) + half:+.4f}]"
+        difference += f" ({len(gaps)} of {len(logs)} seeds)" * (0 < len(gaps) < len(logs))
         reached = [(tokens_to(base[-1]["val_loss"], log), base[-1]["tokens"]) for log, base in pairs]
         saved = [100 * (1 - tokens / all_tokens) for tokens, all_tokens in reached if tokens is not None]
         some = f" ({len(saved)} of {len(pairs)} seeds)" if len(saved) < len(pairs) else ""
@@ -580,7 +598,7 @@ def plot(rows, path):
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.legend()
     axes.grid(alpha=0.3)
-    kind = Path(path).suffix[1:] or "png"
+    kind = Path(path).suffix[1:].lower() or "png"
     if kind not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"--plot {path}: matplotlib draws no .{kind}: take .png or .svg")
     with atomic(path) as tmp:
@@ -601,7 +619,7 @@ def report_runs(settings):
     print(compare(rows, baseline))
     print("\nMean ± standard deviation over seeds. Differences: of the same seeds' final losses, in nats, with their 95 % "
           "interval (Student's t).\nTokens saved: where the loss first reaches the baseline's final one of the same seed. "
-          "FLOPs are the trained model's own:\nthose of a teacher or SAE are not counted."
+          "FLOPs are the trained model's own:\nthose of a teacher or SAE are not counted. Time includes labels made in the step, no validation."
           + f"\n\n{settings.plot}" * bool(settings.plot))
 
 
