@@ -2,7 +2,7 @@
 
     python data.py pystdlib                            # the Python standard library's sources -> data/pystdlib
     python data.py notes.txt --tokenizer gpt2          # one text file -> data/notes
-    python data.py ~/books --out data/books            # a folder of text files; a file is a document
+    python data.py ~/books --out data/books            # a folder of text files, or of a train.txt and a val.txt
     python data.py openwebtext                         # public text, downloaded: openwebtext, fineweb (as tokens),
     python data.py fineweb --shards 10                 # fineweb100B, shakespeare
 
@@ -401,6 +401,8 @@ def split_files(root, paths, settings):
     size, done, in_val, begin_val = sum(p.stat().st_size for p in paths), 0, set(), math.inf
     if len(paths) == 1:  # one file: its end is held out
         begin_val = (1 - settings.val_fraction) * size
+    elif [p.name for p in paths] == ["train.txt", "val.txt"]:  # split already
+        in_val = {paths[1]}
     else:  # many: those whose names hash lowest, so that a new file moves few of the others
         ranked = sorted(paths, key=lambda p: hashlib.sha256(p.relative_to(root).as_posix().encode()).digest())
         in_val = set(ranked[:max(1, round(settings.val_fraction * len(paths)))])

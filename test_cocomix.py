@@ -848,6 +848,11 @@ def test_one_file_is_split_at_its_end_and_at_separators(tmp_path):
     assert 0.05 < len(val_ids) / (len(train_ids) + len(val_ids)) < 0.15
     encoding = get_tokenizer("byte")
     assert encoding.n_vocab == 257 and encoding.decode(train_ids[:8].tolist()) == "story 0 " and encoding.encode_ordinary("<|endoftext|>")[0] == ord("<")
+    (tmp_path / "split").mkdir()  # what is split already stays so
+    for name in ("train", "val"):
+        (tmp_path / "split" / f"{name}.txt").write_text(name)
+    out = prepare(DataSettings(str(tmp_path / "split"), str(tmp_path / "s"), val_fraction=0.9), quiet=True)
+    assert [encoding.decode(open_shard(out / f"{name}_000000.bin")[:-1].tolist()) for name in ("train", "val")] == ["train", "val"]
     for bad, words in (("nowhere", "python data.py pystdlib"), (str(tmp_path / "empty"), "no text")):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises((ValueError, FileNotFoundError), match=words):
