@@ -593,7 +593,8 @@ def plot(rows, path):
         seeds = [dict(curve(log)[1:]) for log in logs.values()]  # without step 0
         tokens = [t for t in seeds[0] if all(t in s for s in seeds)]
         losses = [[s[t] for s in seeds] for t in tokens]
-        axes.plot(tokens, list(map(mean, losses)), label=f"{name} ({len(logs)})", linestyle=("-", "--", ":")[i // 10 % 3])
+        label = f"{name} ({len(logs)} seed{'s' * (len(logs) > 1)})"
+        axes.plot(tokens, list(map(mean, losses)), label=label, linestyle=("-", "--", ":")[i // 10 % 3])
         axes.fill_between(tokens, list(map(min, losses)), list(map(max, losses)), alpha=0.2)
     axes.set(xlabel="training tokens", ylabel="validation loss (nats per token)")
     axes.legend()
