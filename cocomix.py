@@ -126,11 +126,9 @@ class Block(nn.Module):
 # ---- the method: predict, mix, interleave --------------------------------------------------------
 
 def standardise(x):
-    """Equation (1) before b_pre: (..., D) -> (x - mu) / (std + 1e-5), mu, std; the last two (...,
-    1).
+    """Equation (1) before b_pre: x (..., D) -> (x - mu) / (std + 1e-5), mu and std (..., 1), fp32.
 
-    `std` is unbiased and comes back without the 1e-5. fp32. The SAE reads its input the same
-    way."""
+    `std` is unbiased and comes back without the 1e-5. The SAE reads its input the same way."""
     x = x.float()
     mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     return (x - mu) / (std + 1e-5), mu, std
@@ -157,8 +155,7 @@ def concept_loss(z, labels, n_valid=None):
 
 
 def interleave(h, c):
-    """Equation (4): two (B,T,D) -> (B,2T,D): h_1, c_1, h_2, c_2, ... Inverse: x[:, ::2], x[:,
-    1::2]."""
+    """Equation (4): h, c (B,T,D) -> (B,2T,D): h_1, c_1, h_2, c_2, ..."""
     return torch.stack([h, c], dim=2).flatten(1, 2)
 
 
@@ -184,7 +181,8 @@ class ConceptLayer(nn.Module):
             if not self.mixes:
                 return None, z
             scores = z if steer is None else z + steer * z.amax(-1, keepdim=True).abs()
-            c = sparse_rows(*scores.topk(self.k), self.compress.weight.T) + self.compress.bias
+            rows = self.compress.weight.T.contiguous()  # a row a concept
+            c = sparse_rows(*scores.topk(self.k), rows) + self.compress.bias
             return (c + self.pre_bias) * std + mu, z
 
 

@@ -288,7 +288,7 @@ class SAESettings:
     seed: int = 0  # of initialisation and data order
     sae: str = ""  # describe: checkpoint of the SAE (sae.py), openai or openai:LAYER
     tokens: int = 262_144  # describe: validation tokens to read
-    device: str = "auto"  # cuda, mps or cpu; auto finds it
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: bf16 on CUDA
 
 

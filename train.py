@@ -52,7 +52,7 @@ SIZES = {  # the paper's, section 3 and appendix; NTP's width makes its paramete
 def preset(args):
     """The defaults {field: value} of --preset, where --mode has a say in them."""
     if args.preset == "tiny":
-        return {}
+        return {"compile": "off"}  # it takes longer than these runs
     size, mode = dict(SIZES[args.preset]), args.mode.replace("all", "cocomix")
     width, plain = size.pop("ntp_embd"), MIX[mode] == "none"
     return size | dict(
@@ -98,7 +98,7 @@ class TrainSettings:
     sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
     sae_lr: float = 3e-3  # mode all: its peak learning rate
-    device: str = "auto"  # cuda, mps or cpu; auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
 
@@ -168,8 +168,7 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
 # ---- the loop ------------------------------------------------------------------------------------
 
 class Setup:
-    """All that a run trains with: data, teacher, labels, model. ValueError for what does not
-    fit."""
+    """All that a run trains with: data, teacher, labels, model. ValueError for a misfit."""
 
     def __init__(self, settings, world):
         T = settings.block_size
@@ -194,8 +193,7 @@ class Setup:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
             n_concepts, dictionary = len(sae.decoder), str(path.with_name("concepts.json"))
             self.who["sae"] = fingerprint(sae)
-            rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by,
-                    world.bf16]
+            rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by, world.bf16]
 
             def make(idx, targets):
                 with world.autocast():
@@ -389,7 +387,7 @@ class EvalSettings:
     tasks: str = ""  # comma-separated tasks of lm-evaluation-harness (pip install lm-eval)
     limit: int = 0  # documents of each task, for a quick look; 0: all
     data: str = ""  # folder of tokens; empty: those that a checkpoint was trained on
-    device: str = "auto"  # cuda, mps or cpu; auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
 
 
