@@ -245,7 +245,7 @@ def text_files(source):
         root = Path(sysconfig.get_paths()["stdlib"])
         paths = sorted(root.rglob("*.py"))
         paths = [p for p in paths if not NO_CODE & set(p.relative_to(root).parts)]
-    paths = [p for p in paths if p.is_file() and b"\0" not in p.read_bytes()[:8192]]
+    paths = [p for p in paths if p.is_file() and b"\0" not in open(p, "rb").read(8192)]
     require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return root, paths

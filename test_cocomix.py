@@ -1098,10 +1098,8 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
             (dict(teacher=str(tmp_path / "none.pt")), "missing"), (dict(n_labels=5), "n_labels=5")):
         with pytest.raises(ValueError, match=words):
             train(settings(corpus, tmp_path / "o", **{**trained, **changes}), World("cpu"))
-    done = launch(["--data", corpus], "sae.py")
-    assert done.returncode == 1 and "--teacher is missing" in done.output
     done = launch(flags(settings(corpus, corpus / "meta.json/x")))
-    assert done.returncode == 1 and "error: " in done.output and "Traceback" not in done.output
+    assert done.returncode == 1 and re.fullmatch("error: .*Not a directory.*\n", done.output)
 
 
 def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):
@@ -1215,8 +1213,6 @@ def test_reports_refuse_what_they_cannot_compare(tmp_path, monkeypatch, capsys):
                          (write_log(tmp_path / "a_1", [5.0], 1, lr=2.0), "more than its seed")):
         with pytest.raises(ValueError, match=words):
             report(monkeypatch, capsys, good, other)
-    done = launch(["report", good, foreign])
-    assert done.returncode == 1 and done.output.count("\n") == 1 and "error: " in done.output
 
 
 def test_a_picture_is_drawn(tmp_path, monkeypatch, capsys):
@@ -1438,10 +1434,8 @@ def test_wrong_dictionaries_are_refused(student, trained, monkeypatch, capsys):
 
 # ---- on a GPU, and compiled ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
-def test_a_compiled_step_is_one_graph_with_the_same_gradients(mix):
-    model, idx, labels = small(mix), tokens(2, T), tokens(2, T, 4, below=64)
-    labels = labels if mix == "concept" else None
+def test_a_compiled_step_is_one_graph_with_the_same_gradients():
+    model, idx, labels = small(), tokens(2, T), tokens(2, T, 4, below=64)
     model(idx, idx, labels).loss.backward()
     want = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
