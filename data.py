@@ -96,7 +96,8 @@ def run(main):
         last = traceback.extract_tb(e.__traceback__)[-1].filename
         if Path(last).parent != Path(__file__).parent and not isinstance(e, OSError):
             raise
-        sys.exit(f"error: {e}")
+        full = ". Free some space, or name files that can be read and written: what was saved stays"
+        sys.exit(f"error: {e}" + full * (getattr(e, "errno", None) is not None))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

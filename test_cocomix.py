@@ -1099,7 +1099,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
         with pytest.raises(ValueError, match=words):
             train(settings(corpus, tmp_path / "o", **{**trained, **changes}), World("cpu"))
     done = launch(flags(settings(corpus, corpus / "meta.json/x")))
-    assert done.returncode == 1 and re.fullmatch("error: .*Not a directory.*\n", done.output)
+    assert done.returncode == 1 and re.fullmatch("error: .*Not a directory.*Free some space.*\n", done.output)
 
 
 def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):
