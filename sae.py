@@ -56,15 +56,14 @@ class TopKSAE(nn.Module):
     def __init__(self, n_embd, n_latents, k, k_aux=0, aux_weight=1 / 32, dead_after=10_000_000):
         super().__init__()
         require(1 <= k <= n_latents, f"k={k} must lie between 1 and n_latents={n_latents}")
-        self.config = dict(n_embd=n_embd, n_latents=n_latents, k=k, k_aux=k_aux or n_embd // 2,
-                           aux_weight=aux_weight, dead_after=dead_after)
+        self.config = {"n_embd": n_embd, "n_latents": n_latents, "k": k, "dead_after": dead_after,
+                       "k_aux": k_aux or n_embd // 2, "aux_weight": aux_weight}
         self.k, self.dead_after = k, dead_after
         self.pre_bias = nn.Parameter(torch.zeros(n_embd))  # b_pre
         self.decoder = nn.Parameter(F.normalize(torch.randn(n_latents, n_embd), dim=-1))
         self.encoder = nn.Parameter(self.decoder.detach().clone())  # starts as W_dec transposed
         self.latent_bias = nn.Parameter(torch.zeros(n_latents))  # b_lat
-        idle = torch.zeros(n_latents, dtype=torch.int64)
-        self.register_buffer("idle", idle)  # tokens since each latent fired
+        self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.int64))  # tokens
 
     def preactivations(self, r):
         return F.linear(r - self.pre_bias, self.encoder, self.latent_bias)  # (..., C)
@@ -91,8 +90,8 @@ class TopKSAE(nn.Module):
             best, at = pre[..., dead].topk(min(self.config["k_aux"], len(dead)))
             rebuilt = sparse_rows(best.relu(), dead[at], self.decoder)
             aux_loss = (rest - rebuilt).square().mean() / rest.square().mean().clamp(min=1e-12)
-        tokens = r.flatten(0, -2)
-        fvu = rest.square().sum() / (tokens - tokens.mean(0)).square().sum()
+        variance = r.flatten(0, -2).var(0, correction=0)  # of each dimension, over tokens
+        fvu = rest.square().mean() / variance.mean()
         loss = error.square().mean() + self.config["aux_weight"] * aux_loss
         return SAEOutput(r_hat * std + mu, values.relu(), indices, loss, aux_loss, fvu)
 
@@ -102,8 +101,8 @@ class TopKSAE(nn.Module):
         idle counts brought up to date over all ranks."""
         self.decoder.copy_(F.normalize(self.decoder, dim=-1))
         fired = torch.bincount(out.indices[out.values > 0], minlength=len(self.idle))
-        tokens = out.indices.numel() // self.k * world.size
-        self.idle.add_(tokens).masked_fill_(world.sum(fired) > 0, 0)
+        self.idle += out.indices.numel() // self.k * world.size
+        self.idle[world.sum(fired) > 0] = 0
 
     def dead_fraction(self):
         return (self.idle > self.dead_after).float().mean().item()
@@ -174,10 +173,7 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
             g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
         dots = [sae.decoder[i] @ row.float().unsqueeze(-1) for i, row in zip(indices, g)]
         scores = scores * torch.stack(dots).detach().squeeze(-1)  # s_i
-    if rank_by == "negative":
-        scores = -scores
-    elif rank_by == "absolute":
-        scores = scores.abs()
+    scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
     best, at = scores.topk(n_labels)
     labels = indices.gather(-1, at).masked_fill(best <= 0, -1)
     if rank_by == "shuffled":
@@ -222,14 +218,14 @@ class Labels:
 
 def fingerprint(module):
     """16 hex digits of the SHA-256 of a module's tensors: which teacher, which SAE."""
-    tensors = sorted(module.state_dict().items())
-    data = b"".join(name.encode() + t.cpu().contiguous().numpy().tobytes() for name, t in tensors)
+    data = b"".join(name.encode() + tensor.cpu().contiguous().numpy().tobytes()
+                    for name, tensor in sorted(module.state_dict().items()))
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 # ---- teachers and SAEs by name -------------------------------------------------------------------
 
-GPT2 = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors",
+GPT2 = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors", "",
         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")
 OPENAI = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/"
           "resid_post_mlp_v5_32k/autoencoders/{}.pt")
@@ -239,8 +235,7 @@ PAGE = "https://www.neuronpedia.org/gpt2-small/{}-res_post_32k-oai/{}"  # layer,
 def load_teacher(name, world):
     """The plain GPT that `name` names, frozen, on the world's device: a checkpoint of ours, a GPT-2
     in .safetensors or .bin, or "gpt2", which is downloaded once (548 MB)."""
-    if name == "gpt2":
-        name = world.first(lambda: fetch(GPT2[0], sha256=GPT2[1]))
+    name = world.first(lambda: fetch(*GPT2)) if name == "gpt2" else name
     if Path(name).suffix in (".safetensors", ".bin"):
         teacher = load_hf(name)
     else:
@@ -292,6 +287,9 @@ class SAESettings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: bf16 on CUDA
 
 
+FREE = ("teacher", "data", "out", "device", "save_interval", "sae", "tokens")  # no part of identity
+
+
 @torch.no_grad()
 def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
     """Over a fixed set of about `tokens` tokens, shared by all ranks: {val_fvu, teacher_loss,
@@ -309,8 +307,7 @@ def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
         figures = [(r - r_hat).square().sum(), r.square().sum(), *losses, idx.numel()]
         total += torch.cat([torch.tensor(figures), r.sum((0, 1)).cpu()]).double()
     error, square, plain, spliced, count = world.sum(total)[:5].tolist()
-    T = windows.block_size
-    mean_part = total[5:].square().sum().item() / (count * (T - 1) / T)
+    mean_part = total[5:].square().sum().item() / (count - count / windows.block_size)
     return {"val_fvu": error / (square - mean_part), "teacher_loss": plain / count,
             "spliced_loss": spliced / count}
 
@@ -327,8 +324,7 @@ def train_sae(settings, teacher, world):
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k,
                   dead_after=settings.dead_after).to(world.device)
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
-    free = ("teacher", "data", "out", "device", "save_interval", "sae", "tokens")
-    who = identity(settings, free, teacher=fingerprint(teacher), data=data.fingerprint())
+    who = identity(settings, FREE, teacher=fingerprint(teacher), data=data.fingerprint())
     run = Run(settings.out, "sae", who, world, {"sae": sae, "optimizer": optimizer},
               {"config": sae.config, "layer": settings.layer, "figures": {}})
     for step in run.steps(settings.steps, settings.save_interval, "SAE"):
@@ -342,15 +338,15 @@ def train_sae(settings, teacher, world):
         for p in sae.parameters():
             world.sum(p.grad).div_(world.size)
         left = settings.steps - step
-        rate = min(1, 20 * (step + 1) / settings.steps, 5 * left / settings.steps)
-        optimizer.param_groups[0]["lr"] = settings.lr * rate
+        optimizer.param_groups[0]["lr"] = settings.lr * min(
+            1, 20 * (step + 1) / settings.steps, 5 * left / settings.steps)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         sae.after_step(out, world)
         means = run.mean(left == 1, loss=out.loss, aux_loss=out.aux_loss, fvu=out.fvu)
         if left == 1:
-            val = Windows(settings.data, "val", T)
-            run.ckpt["figures"] = evaluate_sae(teacher, sae, settings.layer, val, world)
+            run.ckpt["figures"] = evaluate_sae(teacher, sae, settings.layer,
+                                               Windows(settings.data, "val", T), world)
         if means:
             run.write(step=step + 1, tokens=(step + 1) * settings.batch_tokens, **means,
                       dead_fraction=sae.dead_fraction(), **run.ckpt["figures"])
@@ -366,8 +362,8 @@ def typical(ids, frequency, encoding, n=6):
     share = counts / len(ids)
     lift = share / frequency[values]
     best = (share * lift.log()).sort(descending=True, stable=True).indices[:n]
-    return [[int(values[i]), encoding.decode([int(values[i])]), round(float(share[i]), 4),
-             round(float(lift[i]), 4)] for i in best if lift[i] > 1]
+    columns = (column[best].tolist() for column in (values, share, lift))
+    return [[token, encoding.decode([token]), s, x] for token, s, x in zip(*columns) if x > 1]
 
 
 @torch.no_grad()
@@ -385,16 +381,14 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strong
     places = torch.arange(idx.numel()).view(idx.shape)[:, 1:].repeat_interleave(sae.k)
     order = np.lexsort((places, -values, latents))  # by latent, its strongest first
     fired = torch.bincount(latents[values > 0], minlength=len(sae.decoder)).tolist()
-    starts = np.searchsorted(latents[order], np.arange(len(fired)))
+    entries, starts = [], np.searchsorted(latents[order], np.arange(len(fired)))
     frequency = torch.bincount(idx.flatten(), minlength=encoding.n_vocab) / idx.numel()
-    entries = []
     for latent, (start, count) in enumerate(zip(starts, fired)):
-        best = order[start:start + min(count, strongest)]
-        snippets = []
+        best, snippets = order[start:start + min(count, strongest)], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):
             text, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
             sides = text[max(0, t - around):t], [text[t]], text[t + 1:t + 1 + around]
-            snippets.append([*map(encoding.decode, sides), round(value, 4)])
+            snippets.append([*map(encoding.decode, sides), value])
         entries.append({"id": latent, "rate": count * sae.k / len(places), "snippets": snippets,
                         "tokens": typical(idx.flatten()[places[best]], frequency, encoding),
                         "next": typical(targets.flatten()[places[best]], frequency, encoding),
@@ -413,7 +407,7 @@ def main():
         return world.print(f"SAE in {settings.out}: {train_sae(settings, teacher, world)[1]}")
     sae, layer, path = load_sae(settings.sae, teacher, world)
     windows = Windows(settings.data, "val", teacher.config.block_size, 0, teacher.config.vocab_size)
-    page, path = PAGE * settings.sae.startswith("openai"), path.with_name("concepts.json")
+    path, page = path.with_name("concepts.json"), PAGE * settings.sae.startswith("openai")
     describe(teacher, sae, layer, windows, path, settings.tokens, page)
     world.print(f"{path}: {len(sae.decoder)} concepts")
 

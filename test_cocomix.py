@@ -1108,7 +1108,7 @@ def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):
     teacher = small("none", n_layer=3, n_head=1, n_embd=64)
     write_safetensors(tmp_path / "model.safetensors", hf_names(teacher))
     openai_file(tmp_path / "1.pt", 64, 80)
-    monkeypatch.setattr(sae_module, "GPT2", ((tmp_path / "model.safetensors").as_uri(), None))
+    monkeypatch.setattr(sae_module, "GPT2", ((tmp_path / "model.safetensors").as_uri(), "", None))
     monkeypatch.setattr(sae_module, "OPENAI", tmp_path.as_uri() + "/{}.pt")
     s = settings(corpus, tmp_path / "o", mode="cocomix", teacher="gpt2", sae="openai:1", steps=10)
     student, _ = train(s, World("cpu"))
