@@ -98,8 +98,7 @@ class Attention(nn.Module):
         B, S, D = x.shape
         q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if past:
-            k = torch.cat([past[0], k], 2)
-            v = torch.cat([past[1], v], 2)
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         if past is not None:
             past[:] = k, v
         N, mask = k.size(2), None

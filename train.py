@@ -302,21 +302,16 @@ def read_run(folder):
     return log
 
 
-def row_name(folder, seed):
-    """out/ntp_1 of seed 1 -> out/ntp_*: runs of that name make one row."""
-    return re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", os.path.normpath(folder))
-
-
 def rows_of(folders):
-    """{row's name: {seed: log}} of finished runs. ValueError if runs of a row differ in more than
-    their seed, or if losses are not of the same tokens."""
+    """{row's name: {seed: log}} of finished runs, out/ntp_1 of seed 1 in row out/ntp_*. ValueError if
+    runs of a row differ in more than their seed, or if losses are not of the same tokens."""
     rows, kinds, logs = {}, {}, [read_run(folder) for folder in folders]
     for folder, log in zip(folders, logs):
         first, seed = log[0], log[0]["settings"]["seed"]
         require(first["validation"] == logs[0][0]["validation"], f"{folder} and {folders[0]} were "
                 "validated on different tokens: report them apart")
         kind = {**first["identity"], "seed": 0, "teacher": 0, "sae": 0}
-        name = row_name(folder, seed)
+        name = re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", os.path.normpath(folder))
         require(kinds.setdefault(name, kind) == kind, f"{folder} differs in more than its seed "
                 f"from the others that are named {name}: rename it")
         rows.setdefault(name, {})[seed] = log
@@ -340,8 +335,9 @@ def plus_minus(values, form, n=1):
     return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
 
 
-def compare(rows, baseline):
-    """Markdown table of `rows` {name: {seed: log}}, each compared with `baseline` seed by seed."""
+def compare(rows):
+    """Markdown table of `rows` {name: {seed: log}}, each compared with the first seed by seed."""
+    baseline = next(iter(rows))
     table = ["| run | seeds | parameters | tokens | training FLOPs | seconds | validation loss "
              "| difference ± its standard error | tokens saved, % |", "|---" * 9 + "|"]
     for name, logs in rows.items():
@@ -485,8 +481,7 @@ def pipeline(settings, world):
         prompt, encoding = val.window(0)[None, :24].to(world.device), get_tokenizer(val.meta)
         generator = torch.Generator(world.device).manual_seed(0)
         new = student.generate(prompt, 100, 0.7, generator=generator)[0].tolist()
-        folders = [str(out / "ntp"), str(out / "cocomix")]
-        table = compare(rows_of(folders), row_name(folders[0], settings.seed))
+        table = compare(rows_of([out / "ntp", out / "cocomix"]))
         text = (f"{table}\n\nSAE: {figures}\n\n"
                 f"CoCoMix goes on from held-out text:\n\n{encoding.decode(new)}\n")
         with atomic(out / "report.md") as tmp:
@@ -498,10 +493,10 @@ def main():
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command == "report":
         settings = parse(ReportSettings, sys.argv[2:])
-        rows, base = rows_of(settings.runs), settings.baseline or settings.runs[0]
+        rows = rows_of([settings.baseline or settings.runs[0], *settings.runs])
         if settings.plot:
             plot(rows, settings.plot)
-        return print(compare(rows, next(iter(rows_of([base])))))
+        return print(compare(rows))
     if command == "eval":
         settings = parse(EvalSettings, sys.argv[2:])
         return evaluate_models(settings, World(settings.device, settings.dtype))
