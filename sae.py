@@ -319,6 +319,8 @@ def train_sae(settings, teacher, world):
     rows, left = divmod(settings.batch_tokens, T * world.size)
     require(rows and not left, f"--batch_tokens {settings.batch_tokens} is no multiple of "
             f"{world.size} processes x {T} tokens")
+    require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the teacher's "
+            f"blocks are 0 to {teacher.config.n_layer - 1}")
     data = Windows(settings.data, "train", T, settings.seed, teacher.config.vocab_size)
     torch.manual_seed(settings.seed)
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k,

@@ -859,7 +859,8 @@ def test_presets_are_the_papers(name, sizes, training, parameters):
 @pytest.mark.parametrize("argv,words", [
     (["--mode", "cocomix"], "--teacher"), (["--mode", "kd"], "needs --teacher"),
     (["--mode", "ntp", "--sae", "x"], "others take none"), (["--steps", "0"], "above 0"),
-    (["--mode", "cocomix", "--teacher", "x"], "needs an SAE"), (["--lr", "-1"], "above 0")])
+    (["--mode", "cocomix", "--teacher", "x"], "needs an SAE"), (["--lr", "-1"], "above 0"),
+    (["--insert_layer", "6"], "blocks are 0 to 5"), (["--sae_layer", "6"], "blocks are 0 to 5")])
 def test_impossible_training_settings_are_refused(argv, words, capsys):
     with pytest.raises(SystemExit):
         parse(TrainSettings, argv, preset)
@@ -1003,8 +1004,9 @@ def test_sae_training_on_two_processes_is_that_on_one_and_goes_on(corpus, traine
     assert load_checkpoint(tmp_path / "cut/ckpt.pt", "sae")["step"] == 8
     again, _ = train_sae(cut, teacher, World("cpu"))
     assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(ValueError, match="lr 0.003 there, 1.0 here"):
-        train_sae(replace(cut, lr=1.0), teacher, World("cpu"))
+    for changes, words in (({"lr": 1.0}, "lr 0.003 there, 1.0 here"), ({"layer": 3}, "blocks are 0 to 2")):
+        with pytest.raises(ValueError, match=words):
+            train_sae(replace(cut, **changes), teacher, World("cpu"))
     two = flags(replace(s, out=str(tmp_path / "two"), teacher=trained["teacher"]))
     done = launch(two, "sae.py", processes=2)
     assert done.returncode == 0 and "val_fvu" in done.output, done.output

@@ -106,6 +106,9 @@ class TrainSettings:
         counts = self.steps, self.block_size, self.eval_interval, self.save_interval
         require(min(counts) > 0 < self.lr, "--steps, --block_size, --eval_interval, --save_interval "
                 "and --lr must be above 0")
+        layers = {"ntp": (), "kd": (), "all": (self.insert_layer, self.sae_layer)}
+        require(all(0 <= i < self.n_layer for i in layers.get(self.mode, (self.insert_layer,))),
+                f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
         require(self.mode not in ("cocomix", "kd") or self.teacher, f"--mode {self.mode} needs "
                 "--teacher: a checkpoint of `python train.py --mode ntp`, or gpt2")
         require((self.mode == "cocomix") == bool(self.sae), f"--mode {self.mode} and --sae "
@@ -503,7 +506,7 @@ def main():
     settings = parse(TrainSettings, presets=preset)
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
     if name in KNOWN and settings.data == f"data/{name}":
-        world.first(lambda: prepare(DataSettings(name)))
+        world.first(lambda: Path(settings.data).exists() or prepare(DataSettings(name)))
     if settings.mode == "all":
         return pipeline(settings, world)
     _, log = train(settings, world)
