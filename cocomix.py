@@ -69,7 +69,7 @@ class CoCoMixConfig:
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
         plain = self.mix == "concept" and not self.concept_residual
-        require(self.insertion == "interleave" or plain, f"insertion={self.insertion} is for "
+        require(self.insertion == "interleave" or self.mix == "none" or plain, f"insertion={self.insertion} is for "
                 "mix='concept' without concept_residual: leave it out")
         require(self.mix != "concept" or 1 <= self.k_concepts <= self.n_concepts,
                 f"k_concepts={self.k_concepts} is not in 1 to n_concepts={self.n_concepts}")
@@ -424,8 +424,11 @@ def steerable(entries, count):
     followers: by share * log(lift) of the first, no two with the same one."""
     often = [e for e in entries if e["rate"] >= 1e-3 and e["next"] and e["next"][0][2] >= 0.1]
     require(often, "no concept fires on 1 token in 1000: describe the SAE on more text")
-    often.sort(key=lambda e: e["next"][0][2] * math.log(e["next"][0][3]))
-    return list({e["next"][0][0]: e for e in often}.values())[:-count - 1:-1]
+    often.sort(key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))
+    chosen = {}
+    for entry in often:  # of equal followers the first stays
+        chosen.setdefault(entry["next"][0][0], entry)
+    return list(chosen.values())[:count]
 
 
 def follower_rate(model, prompts, entry, steer, tokens=24):

@@ -275,7 +275,8 @@ def documents(source, shards=21):
     size, done = sum(p.stat().st_size for p in paths), 0
     ranked = sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
     ends = accumulate(p.stat().st_size for p in ranked)
-    held_out = {p for p, end in zip(ranked, ends) if end <= size / 20} or {ranked[0]}
+    held_out = {p for p, end in zip(ranked, ends) if end <= size / 20}
+    held_out = held_out or {min(ranked, key=lambda p: p.stat().st_size)}
     held_out = {paths[1]} if [p.name for p in paths] == ["train.txt", "val.txt"] else held_out
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:

@@ -384,7 +384,8 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strong
     order = np.lexsort((places, -values, latents))  # by latent, its strongest first
     fired = torch.bincount(latents[values > 0], minlength=len(sae.decoder)).tolist()
     entries, starts = [], np.searchsorted(latents[order], np.arange(len(fired)))
-    frequency = torch.bincount(idx.flatten(), minlength=encoding.n_vocab) / idx.numel()
+    text = torch.cat([idx, targets[:, -1:]], 1).flatten()
+    frequency = torch.bincount(text, minlength=encoding.n_vocab) / len(text)
     for latent, (start, count) in enumerate(zip(starts, fired)):
         best, snippets = order[start:start + min(count, strongest)], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):

@@ -1337,7 +1337,7 @@ def test_the_dictionary_is_what_a_brute_force_pass_finds(corpus, trained, studen
     encoding = get_tokenizer(val.meta)
     for n in range(len(val)):
         ids = val.window(n).tolist()
-        text += ids[:-1]
+        text += ids
         values, indices = sae.encode(residual(teacher, torch.tensor([ids[:-1]]), 1))
         for t in range(1, T):
             for value, latent in zip(values[0, t].tolist(), indices[0, t].tolist()):

@@ -398,7 +398,8 @@ def score(model, pairs, world):
     scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
     for i in range(world.rank, len(pairs), world.size):
         ids = [*pairs[i][0], *pairs[i][1]][-model.config.block_size - 1:]
-        ids, n = torch.tensor([ids], device=world.device), len(pairs[i][1])
+        n = min(len(pairs[i][1]), len(ids) - 1)
+        ids = torch.tensor([ids], device=world.device)
         with world.autocast():
             log_p = model(ids[:, :-1]).logits[0, -n:].float().log_softmax(-1)  # (n,V)
         scores[i, 0] = log_p.gather(-1, ids[0, -n:, None]).sum()
