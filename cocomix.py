@@ -15,7 +15,7 @@ concepts. Concept labels are made in sae.py, training is train.py.
 
 Teacher, next-token-prediction (NTP) and pause baselines are the same class, by `mix`.
 
-  model = CoCoMix(CoCoMixConfig(n_layer=8, n_head=8, n_embd=512, insert_layer=3))  # the 69M student
+  model = CoCoMix(CoCoMixConfig(vocab_size=50257, n_layer=8, n_head=8, n_embd=512, insert_layer=3))
   loss = model(idx, targets, concept_labels).loss  # int64: (B,T), (B,T), (B,T,4); -1 = none
 
   python cocomix.py CKPT --prompt "import "                 # continue a text
@@ -47,18 +47,19 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class CoCoMixConfig:
-    """Sizes of the model. Defaults: GPT-2 124M with the paper's concepts."""
-    block_size: int = 1024  # T: longest context, in tokens
-    vocab_size: int = 50257  # V
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768  # D
+    """Sizes of the model. Each is a flag of train.py, but for the first two, which it knows."""
+    vocab_size: int = 1024  # V: of the data
     mix: Literal["none", "pause", "concept"] = "concept"  # what a token gets beside h
-    insert_layer: int = 5  # it enters before this block (0-based)
+    block_size: int = 128  # T: tokens of context
+    n_layer: int = 6  # blocks
+    n_head: int = 3  # attention heads
+    n_embd: int = 96  # D: width
+    init_std: float = 0.05  # of matrices at the start; GPT-2's 0.02 is for wider models
+    insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
     insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; predicted
-    n_concepts: int = 32768  # C: latents of the SAE that labels the tokens
-    k_concepts: int = 32  # K: concepts kept in TopK(z)
-    concept_weight: float = 0.1  # of the concept loss in equation (5)
+    n_concepts: int = 512  # C: latents of the SAE that labels the tokens; a given --sae says
+    k_concepts: int = 16  # K: concepts kept in TopK(z); in mode all also the SAE's
+    concept_weight: float = 0.5  # of the concept loss in equation (5); 0.1 in the paper
     concept_residual: bool = False  # our variant, not the paper's: h + c takes the place of c
 
     def __post_init__(self):
@@ -201,13 +202,13 @@ class CoCoMix(nn.Module):
         if config.mix == "concept":
             self.concept = ConceptLayer(config)
         elif config.mix == "pause":
-            self.pause = nn.Parameter(0.02 * torch.randn(config.n_embd))
+            self.pause = nn.Parameter(config.init_std * torch.randn(config.n_embd))
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:  # GPT-2: a block adds to the residual stream twice, by a c_proj
                 added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
-                nn.init.normal_(p, std=0.02 / math.sqrt(added))
+                nn.init.normal_(p, std=config.init_std / math.sqrt(added))
 
     def embed(self, idx, start=0):
         """(B,T) int64 -> (B,T,D), token plus position `start` on. ValueError beyond block_size."""

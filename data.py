@@ -17,15 +17,12 @@ import ctypes
 import difflib
 import hashlib
 import inspect
-import io
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import sys
-import sysconfig
 import tarfile
 import time
 import traceback
@@ -34,7 +31,8 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import timedelta
-from itertools import accumulate, islice
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -53,34 +51,33 @@ def require(condition, message):
         raise ValueError(message)
 
 
-def parse(cls, argv=None, presets=None):
+def parse(cls, argv=None, presets=None, skip=()):
     """An instance of the frozen dataclass `cls` from the command line.
 
-    One flag a field, with its type and default, its comment as help; a tuple takes several words, a
-    field without default needs no flag. `presets(args)` gives other defaults {field: value}. A
-    wrong flag or value ends the program with what would be right."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    One flag a field but those in `skip`, with its type and default, its comment as help; a tuple
+    takes several words, a field without default needs no flag. `presets(args)` gives other defaults
+    {field: value}. A wrong flag ends the program with what would be right; ValueError for what
+    __post_init__ refuses."""
+    source = "".join(map(inspect.getsource, cls.__mro__[:-1]))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", source, re.M))
     parser = argparse.ArgumentParser(
         description=cls.__doc__, usage="%(prog)s [--flag value ...]   (see --help)",
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for f in fields(cls):
+    for f in (f for f in fields(cls) if f.name not in skip):
         inner = get_args(f.type)  # of Literal["a", "b"] or tuple[str, ...]
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, Literal: {"choices": inner},
                  tuple: {"type": inner and inner[0], "nargs": "+"}}
         kind = kinds.get(get_origin(f.type) or f.type, {"type": f.type})
         default = {} if f.default is MISSING else {"default": f.default}
-        text = comments.get(f.name, "").replace("%", "%%")
-        parser.add_argument("--" * len(default) + f.name, help=text, **kind, **default)
+        parser.add_argument("--" * len(default) + f.name, **kind, **default,
+                            help=comments.get(f.name, "").replace("%", "%%"))
     if presets:
         parser.set_defaults(**presets(parser.parse_known_args(argv)[0]))
     args, unknown = parser.parse_known_args(argv)
     for word in unknown:
         near = difflib.get_close_matches(word.split("=")[0], parser._option_string_actions, 1)
         parser.error(f"unknown argument {word}: did you mean {(near or ['--help'])[0]}?")
-    try:
-        return cls(**vars(args))
-    except ValueError as e:
-        parser.error(str(e))
+    return cls(**vars(args))
 
 
 def run(main):
@@ -88,16 +85,15 @@ def run(main):
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted; what was saved stays, and the same command goes on")
     except ImportError as e:
         sys.exit(f"error: {e}: pip install {e.name}")
-    except (ValueError, OSError, FloatingPointError) as e:
-        last = traceback.extract_tb(e.__traceback__)[-1].filename
-        if Path(last).parent != Path(__file__).parent and not isinstance(e, OSError):
+    except OSError as e:
+        sys.exit(f"error: {e}: free some space, or name files that can be read and written. What "
+                 "was saved stays, and the same command goes on")
+    except ValueError as e:
+        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent:
             raise
-        full = ". Free some space, or name files that can be read and written: what was saved stays"
-        sys.exit(f"error: {e}" + full * (getattr(e, "errno", None) is not None))
+        sys.exit(f"error: {e}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -115,12 +111,10 @@ def atomic(path):
     try:
         yield tmp
         os.replace(tmp, path)
-    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        raise OSError(f"{path} could not be made ({e}); what stood there stays. Free some space, or "
-                      "name another folder") from e
+    except RuntimeError as e:  # of torch, on a full disk
+        raise OSError(f"{path} could not be made ({e})") from e
     finally:
-        if tmp.is_dir():
-            shutil.rmtree(tmp)
+        shutil.rmtree(tmp, ignore_errors=True)
         tmp.unlink(missing_ok=True)
 
 
@@ -146,6 +140,7 @@ def identity(settings, free, **more):
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 EOT = "<|endoftext|>"  # ends a document
+BYTES = [bytes([i]) for i in range(256)]
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257}
 # Letters, digits, other signs, with a space before them; white space. re and tiktoken read it.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
@@ -154,17 +149,16 @@ PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
 def get_tokenizer(vocabulary):
     """The tiktoken.Encoding of a meta.json or a checkpoint's vocabulary: gpt2, or a trained bpe.
     ValueError if gpt2's files are neither cached nor to be had."""
-    name = vocabulary["tokenizer"]
-    if name == "bpe":
-        merged = [token.encode("latin-1") for token in vocabulary["merged"]]
-        ranks = {token: i for i, token in enumerate([bytes([i]) for i in range(256)] + merged)}
+    if vocabulary["tokenizer"] == "bpe":
+        tokens = BYTES + [token.encode("latin-1") for token in vocabulary["merged"]]
+        ranks = {token: i for i, token in enumerate(tokens)}
         return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
     try:
-        return tiktoken.get_encoding(name)
+        return tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' errors, and the cache folder's
-        raise ValueError(f"the tokenizer {name} is neither cached nor to be had ({e!r:.99}): go "
-                         "online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the data "
+        raise ValueError(f"GPT-2's tokenizer is neither cached nor to be had ({e!r:.99}): go online "
+                         "once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the data "
                          "with --tokenizer bpe") from e
 
 
@@ -172,30 +166,25 @@ def train_bpe(text, vocab_size):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) of `text` -> the merged tokens, bytes,
     in order: with 256 bytes and <|endoftext|> at most `vocab_size` tokens.
 
-    All distinct words lie in one array, byte 255 (never in UTF-8) after each, weighted by how often
-    they occur; the most frequent pair inside words becomes a token, again and again."""
-    words, V = Counter(re.findall(PATTERN, text)), vocab_size
-    joined = b"".join(word.encode() + b"\xff" for word in words)
-    ids = np.frombuffer(joined, np.uint8).astype(np.int64)
-    lengths = np.diff(np.flatnonzero(ids == 255), prepend=-1)
-    counts = np.repeat(np.array(list(words.values()), np.float64), lengths)
-    ranks = {bytes([i]): i for i in range(256)}
-    while len(ranks) < V - 1:
-        pairs = ids[:-1] * V + ids[1:]
-        totals = np.bincount(pairs, counts[:-1], V * V).reshape(V, V)
+    The distinct words, a character a token, form one string, byte 255 (never in UTF-8) after each,
+    weighted by how often they occur; the most frequent pair becomes a token, again and again."""
+    words, tokens, V = Counter(re.findall(PATTERN, text)), list(BYTES), vocab_size
+    counts = np.array(list(words.values()), np.float64)
+    string = "".join(word.encode().decode("latin-1") + "\xff" for word in words)
+    while len(tokens) < V - 1:
+        ids = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+        lengths = np.diff(np.flatnonzero(ids == 255), prepend=-1)
+        pairs, weights = ids[:-1] * V + ids[1:], np.repeat(counts, lengths)[:-1]
+        totals = np.bincount(pairs, weights, V * V).reshape(V, V)
         totals[255] = totals[:, 255] = 0
         first, second = divmod(int(totals.argmax()), V)
         if totals[first, second] < 2:  # nothing is left to merge
             break
-        at = np.flatnonzero(pairs == first * V + second)
-        if first == second:  # in a run of one token, every second place begins a pair
-            starts = np.flatnonzero(np.diff(at, prepend=-2) > 1)
-            place = np.arange(len(at)) - np.repeat(starts, np.diff(starts, append=len(at)))
-            at = at[place % 2 == 0]
-        token = list(ranks)[first] + list(ranks)[second]
-        ids[at] = ranks.setdefault(token, len(ranks))  # one token can come of two pairs
-        ids, counts = np.delete(ids, at + 1), np.delete(counts, at + 1)
-    return list(ranks)[256:]
+        token = tokens[first] + tokens[second]
+        if token not in tokens:  # one token can come of two pairs
+            tokens.append(token)
+        string = string.replace(chr(first) + chr(second), chr(tokens.index(token)))
+    return tokens[256:]
 
 
 # ---- text to tokens ------------------------------------------------------------------------------
@@ -221,48 +210,44 @@ class DataSettings:
 
 def fetch(url, path="", sha256=None):
     """Download `url` to `path` (by default in ~/.cache/cocomix) unless it is there -> Path.
-    ValueError after three tries or for a wrong hash; a half file never gets the name."""
+    ValueError if that fails, or for a wrong hash; a half file never gets the name."""
     path = Path(path or Path.home() / ".cache/cocomix" / url.split("//")[1])
-    if path.exists():
-        return path
-    with atomic(path) as tmp:
-        for wait in (1, 9, 0):
+    if not path.exists():
+        with atomic(path) as tmp:
             try:
                 urllib.request.urlretrieve(url, tmp)
-                break
             except OSError as e:
-                require(wait, f"{url} is not to be had ({e}): go online, or put the file at {path}")
-                time.sleep(wait)
-        digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-        require(sha256 in (None, digest), f"{url} is damaged, its SHA-256 is {digest}: try again")
+                raise ValueError(f"{url} is not to be had ({e}): try again, or put it at {path}") from e
+            digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
+            require(sha256 in (None, digest), f"{url} is damaged, its SHA-256 is {digest}: try again")
     return path
 
 
 def text_files(source):
     """(folder, its text files) of pystdlib, shakespeare, a file or a folder."""
-    root = fetch(SHAKESPEARE) if source == "shakespeare" else Path(source).expanduser()
-    paths = sorted(root.rglob("*")) or [root]
-    if source == "pystdlib":  # without tests, and without what is no code
-        root = Path(sysconfig.get_paths()["stdlib"])
-        paths = sorted(root.rglob("*.py"))
-        paths = [p for p in paths if not NO_CODE & set(p.relative_to(root).parts)]
-    paths = [p for p in paths if p.is_file() and b"\0" not in open(p, "rb").read(8192)]
+    root, pattern, skip = Path(source).expanduser(), "*", set()
+    if source == "shakespeare":
+        root = fetch(SHAKESPEARE)
+    if source == "pystdlib":
+        root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
+    paths = [p for p in sorted(root.rglob(pattern)) or [root] if p.is_file() and not
+             skip & set(p.relative_to(root).parts) and b"\0" not in open(p, "rb").read(8192)]
     require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return root, paths
 
 
 def openwebtext(shards):
-    """Yield (text, held out) of OpenWebText's documents; held out is every 2000th, by hash."""
+    """Yield (text, held out) of OpenWebText's documents; held out is every 2000th."""
+    texts = 0
     for number in range(shards):
         outer = tarfile.open(fetch(OPENWEBTEXT.format(number)))
         for packed in filter(tarfile.TarInfo.isfile, outer):
-            inner = tarfile.open(fileobj=io.BytesIO(outer.extractfile(packed).read()))
+            inner = tarfile.open(fileobj=outer.extractfile(packed))
             for file in filter(tarfile.TarInfo.isfile, inner):
                 text = inner.extractfile(file).read().decode("utf-8", "replace")
-                text = re.sub("\n\n\n+", "\n\n", text).strip()  # as its loader does
-                digest = hashlib.sha256(text.encode()).digest()
-                yield text + EOT, int.from_bytes(digest[:4], "big") < 2 ** 32 / 2000
+                texts += 1
+                yield re.sub("\n\n\n+", "\n\n", text).strip() + EOT, texts % 2000 == 0
 
 
 def documents(source, shards=21):
@@ -272,12 +257,11 @@ def documents(source, shards=21):
         yield from openwebtext(shards)
         return
     root, paths = text_files(source)
-    size, done = sum(p.stat().st_size for p in paths), 0
-    ranked = sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
-    ends = accumulate(p.stat().st_size for p in ranked)
-    held_out = {p for p, end in zip(ranked, ends) if end <= size / 20}
-    held_out = held_out or {min(ranked, key=lambda p: p.stat().st_size)}
-    held_out = {paths[1]} if [p.name for p in paths] == ["train.txt", "val.txt"] else held_out
+    paths.sort(key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
+    ends = np.cumsum([p.stat().st_size for p in paths])
+    held_out, size, done = paths[:max(1, np.searchsorted(ends, ends[-1] / 20))], ends[-1], 0
+    if {p.name for p in paths} == {"train.txt", "val.txt"}:
+        held_out = [root / "val.txt"]
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := "".join(f.readlines(min(1 << 20, size // 80))):  # whole lines
@@ -286,44 +270,32 @@ def documents(source, shards=21):
         yield EOT, path in held_out
 
 
-def tokenise(texts, encoding, folder):
-    """Write (text, held out) as tokens to folder/train.bin and val.bin, on all cores -> counts."""
-    counts = {"train": 0, "val": 0}
-    while batch := list(islice(texts, 256)):
-        encoded = encoding.encode_batch([text for text, _ in batch], allowed_special={EOT})
-        for (_, held_out), ids in zip(batch, encoded):
-            split = "val" if held_out else "train"
-            counts[split] += len(ids)
-            with open(folder / f"{split}.bin", "ab") as f:
-                f.write(np.array(ids, "<u2").tobytes())
-    return counts
-
-
 def prepare(settings):
-    """Make the data set that `settings` (DataSettings) describe, unless it is there -> its folder.
-    ValueError for a source that is missing or too short, or a folder of something else."""
-    source, made = settings.source, {**asdict(settings), "out": ""}
-    name = source if source in KNOWN else Path(source).expanduser().resolve().stem
-    out, meta = Path(settings.out or f"data/{name}"), dict(GPT2)
+    """Make the data set that `settings` (DataSettings) describe -> its folder. ValueError for a
+    source that is missing or too short, or if the folder is there."""
+    source, meta = settings.source, GPT2
+    out = Path(settings.out or f"data/{Path(source).expanduser().resolve().stem}")
     if source == "fineweb":
         for number, split in enumerate(["val"] + ["train"] * settings.shards):
             url = FINEWEB.format(split, number)
             fetch(url, out / url.rpartition("/")[2])
         return out
-    if out.exists():
-        there = read_meta(out).get("settings")
-        require(there == made, f"{out} is there, made with {there}: name another --out")
-        return out
+    require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
         if settings.tokenizer.replace("auto", KNOWN.get(source, "bpe")) == "bpe":
             sample = [text for text, held_out in islice(documents(source), 2000) if not held_out]
-            merged = train_bpe("".join(sample), settings.vocab_size)
+            merged = train_bpe("".join(sample).replace(EOT, ""), settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
-        counts = tokenise(documents(source, settings.shards), get_tokenizer(meta), tmp)
-        meta.update(tokens=counts, settings=made)
-        (tmp / "meta.json").write_text(json.dumps(meta), "utf-8")
+        encoding, texts = get_tokenizer(meta), documents(source, settings.shards)
+        with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val:
+            while batch := list(islice(texts, 256)):
+                pieces = encoding.encode_batch([text for text, _ in batch], allowed_special={EOT})
+                for (_, held_out), ids in zip(batch, pieces):
+                    (val if held_out else train).write(np.array(ids, "<u2"))
+            counts = {"train": train.tell() // 2, "val": val.tell() // 2}
+        (tmp / "meta.json").write_text(json.dumps(meta | {"tokens": counts}), "utf-8")
     print(f"data: {out}, {counts['train']:,} training and {counts['val']:,} validation tokens")
     return out
 
@@ -358,7 +330,7 @@ class Windows:
     vocabulary, or if that is not the `vocab_size` of the model that is to read them."""
 
     def __init__(self, folder, split, block_size, seed=0, vocab_size=None):
-        self.block_size, self.seed, self.epoch = block_size, seed, None
+        self.block_size, self.seed = block_size, seed
         self.paths, self.meta = sorted(Path(folder).glob(f"*{split}*.bin")), read_meta(folder)
         require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
@@ -390,16 +362,14 @@ class Windows:
                 f"{tokens.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
         return torch.from_numpy(tokens.astype(np.int64))
 
+    @lru_cache(1)
+    def order(self, epoch):
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self))
+
     def numbers(self, step, rows, rank=0, world=1):
         """The window numbers of a batch: `rows` ints."""
-        first, chosen = (step * world + rank) * rows, []
-        for position in range(first, first + rows):
-            epoch, at = divmod(position, len(self))
-            if epoch != self.epoch:
-                self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self))
-                self.epoch = epoch
-            chosen.append(int(self.order[at]))
-        return chosen
+        first, N = (step * world + rank) * rows, len(self)
+        return [int(self.order(at // N)[at % N]) for at in range(first, first + rows)]
 
     def batch(self, numbers, device="cpu"):
         """idx and targets (rows,T) int64: the targets are the tokens one further on."""
@@ -428,23 +398,22 @@ class World:
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, gpus = self.rank == 0, torch.cuda.device_count()
+        self.main, self.signal, gpus = self.rank == 0, 0, torch.cuda.device_count()
         kind = device if device != "auto" else "cuda" if gpus else "cpu"
-        self.cuda = kind == "cuda"
-        self.bf16 = dtype == "bfloat16" or dtype == "auto" and self.cuda
-        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) * self.cuda)
-        if self.cuda:
-            require(self.device.index < gpus, f"process {self.rank} of {self.size} finds {gpus} "
-                    "GPUs: take as many processes as GPUs, or --device cpu")
-            torch.cuda.set_device(self.device)
+        self.bf16 = dtype == "bfloat16" or dtype == "auto" and kind == "cuda"
+        self.device = torch.device(kind)
+        if kind == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            require(local < gpus, f"process {local} finds {gpus} GPUs: take as many processes as "
+                    "GPUs, or --device cpu")
+            torch.cuda.set_device(local)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if kind == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % of a step
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)  # M_MMAP_MAX
-            mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         if self.size > 1 and not dist.is_initialized():  # rank 0 may be downloading for hours
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.cuda else "gloo",
-                                    timeout=timedelta(days=2))
+            backends = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+            dist.init_process_group(backends, timeout=timedelta(days=2))
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
@@ -473,7 +442,7 @@ class Run:
     folder."""
 
     def __init__(self, out, kind, identity, world, parts, more):
-        self.out, self.world, self.parts, self.signal = Path(out), world, parts, 0
+        self.out, self.world, self.parts = Path(out), world, parts
         self.ckpt = {"format": f"cocomix-2 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
                      "log": [], **more}
         if (self.out / "ckpt.pt").exists():
@@ -486,27 +455,25 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(ckpt.pop(name))
             self.ckpt.update(ckpt)
-        if world.main:
-            with atomic(self.out / "log.jsonl") as tmp:
-                tmp.write_text("".join(json.dumps(r) + "\n" for r in self.ckpt["log"]), "utf-8")
         self.sums, self.since, self.clock = {}, 0, time.perf_counter()
 
     def write(self, **record):
-        """Append a line to log.jsonl. The time since `mean`, say of a validation, is not counted."""
+        """Add a line to log.jsonl. The time since `mean`, say of a validation, is not counted."""
         self.ckpt["log"].append(record)
         if self.world.main:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            with atomic(self.out / "log.jsonl") as tmp:
+                tmp.write_text("".join(json.dumps(r) + "\n" for r in self.ckpt["log"]), "utf-8")
         self.clock = time.perf_counter()
 
     def steps(self, end, save_interval, name):
         """Yield the steps that are left, behind a progress bar; save after every `save_interval`,
-        after the last, and, at the next tenth, when SIGTERM or the first Ctrl-C asks any rank to
-        stop."""
+        after the last, and, at the next tenth, when SIGTERM or Ctrl-C asks any rank to stop. Asked
+        again it dies at once."""
         def note(number, frame):
-            self.signal = number
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        before = {s: signal.signal(s, note) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.world.signal = number
+            signal.signal(number, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
         for step in tqdm(range(self.ckpt["step"], end), f"{name:<8}", initial=self.ckpt["step"],
                          total=end, disable=not self.world.main, dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 20):
@@ -514,28 +481,24 @@ class Run:
             save = done == end or done % save_interval == 0
             self.now = save or done % 10 == 0
             yield step
-            stop = int(self.world.sum(torch.tensor(self.signal))) if self.now else 0
+            stop = self.now and self.world.sum(torch.tensor(self.world.signal)).item()
             if save or stop:
                 self.save()
             if stop:
-                self.world.print(f"stopped after step {done}; the same command goes on")
-                sys.exit(128 + (self.signal or signal.SIGTERM))
-        for s, handler in before.items():
-            signal.signal(s, handler)
+                sys.exit(f"stopped after step {done}; the same command goes on")
 
     def mean(self, now, **losses):
         """Take note of a step's losses () -> every tenth step, before saving, and if `now`: their
         means over all ranks and the steps since the last time, with steps `per_second`; else {}.
-        FloatingPointError where they are not finite: the last checkpoint stays."""
+        ValueError where they are not finite: the last checkpoint stays."""
         self.sums = {name: loss.detach() + self.sums.get(name, 0) for name, loss in losses.items()}
         self.since += 1
         if not (now or self.now):
             return {}
         means = self.world.sum(torch.stack([*self.sums.values()])) / (self.world.size * self.since)
         means, elapsed = dict(zip(self.sums, means.tolist())), time.perf_counter() - self.clock
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f"{means} by step {self.ckpt['step']}: lower --lr. The last "
-                                     f"checkpoint stays in {self.out}")
+        require(np.isfinite([*means.values()]).all(), f"{means} by step {self.ckpt['step']}: lower "
+                f"--lr. The last checkpoint stays in {self.out}")
         means["per_second"] = self.since / elapsed
         self.ckpt["seconds"] += elapsed
         self.sums, self.since = {}, 0

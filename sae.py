@@ -1,8 +1,9 @@
 """A TopK sparse autoencoder (SAE) on a teacher's residual stream, its trainer, and concept labels.
 
-  python sae.py --teacher out/tiny/ntp/ckpt.pt --data data/pystdlib --layer 1 --out out/my_sae
-  torchrun --nproc_per_node=8 sae.py --teacher gpt2 --data data/openwebtext --out out/gpt2_sae
+  python sae.py --teacher out/tiny/ntp/ckpt.pt --layer 1 --out out/my_sae
   python sae.py describe --sae out/my_sae/ckpt.pt --teacher out/tiny/ntp/ckpt.pt
+  torchrun --nproc_per_node=8 sae.py --teacher gpt2 --data data/openwebtext --layer 5 --k 32 \
+      --n_latents 32768 --lr 3e-4 --steps 20000 --batch_tokens 65536 --dead_after 10000000
 
 How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by attribution):
     r   = the teacher's residual stream after block `layer` (0-based), standardised as in (1)
@@ -103,9 +104,6 @@ class TopKSAE(nn.Module):
         fired = torch.bincount(out.indices[out.values > 0], minlength=len(self.idle))
         self.idle += out.indices.numel() // self.k * world.size
         self.idle[world.sum(fired) > 0] = 0
-
-    def dead_fraction(self):
-        return (self.idle > self.dead_after).float().mean().item()
 
     @classmethod
     def from_checkpoint(cls, ckpt):
@@ -272,13 +270,13 @@ class SAESettings:
     teacher: str = ""  # checkpoint (train.py --mode ntp), gpt2, or a GPT-2's .safetensors or .bin
     data: str = "data/pystdlib"  # folder of tokens (data.py)
     out: str = "out/sae"  # folder for ckpt.pt and log.jsonl
-    layer: int = 5  # read the residual stream after this block (0-based)
-    n_latents: int = 32768  # C
-    k: int = 32  # latents active for a token
-    dead_after: int = 10_000_000  # tokens without firing after which a latent counts as dead
-    steps: int = 10_000  # optimiser steps
-    batch_tokens: int = 8192  # tokens a step, over all processes
-    lr: float = 3e-4  # peak learning rate: 5 % warm-up, then constant, the last fifth down to 0
+    layer: int = 2  # read the residual stream after this block (0-based)
+    n_latents: int = 512  # C
+    k: int = 16  # latents active for a token
+    dead_after: int = 50_000  # tokens without firing after which a latent counts as dead
+    steps: int = 300  # optimiser steps
+    batch_tokens: int = 1024  # tokens a step, over all processes
+    lr: float = 3e-3  # peak learning rate: 5 % warm-up, then constant, the last fifth down to 0
     save_interval: int = 1000  # steps between checkpoints; the last step is always saved
     seed: int = 0  # of initialisation and data order
     sae: str = ""  # describe: checkpoint of the SAE (sae.py), openai or openai:LAYER
@@ -314,7 +312,7 @@ def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
 
 def train_sae(settings, teacher, world):
     """Train an SAE for `teacher` as `settings` (SAESettings) say -> (sae, figures); writes
-    out/ckpt.pt and out/log.jsonl. ValueError, FloatingPointError: see data.Run."""
+    out/ckpt.pt and out/log.jsonl. ValueError: see data.Run."""
     T = teacher.config.block_size
     rows, left = divmod(settings.batch_tokens, T * world.size)
     require(rows and not left, f"--batch_tokens {settings.batch_tokens} is no multiple of "
@@ -351,7 +349,8 @@ def train_sae(settings, teacher, world):
                                                Windows(settings.data, "val", T), world)
         if means:
             run.write(step=step + 1, tokens=(step + 1) * settings.batch_tokens, **means,
-                      dead_fraction=sae.dead_fraction(), **run.ckpt["figures"])
+                      dead_fraction=(sae.idle > sae.dead_after).float().mean().item(),
+                      **run.ckpt["figures"])
     return sae.eval(), run.ckpt["figures"]
 
 

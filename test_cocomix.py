@@ -26,14 +26,14 @@ import train as train_module
 from cocomix import CoCoMix, CoCoMixConfig, concept_loss, load_hf, standardise, study
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
-from sae import (Labels, SAEOutput, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint,
-                 load_openai, loss_from, residual, train_sae)
+from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint, load_openai,
+                 loss_from, residual, train_sae)
 from train import TrainSettings, distillation, learning_rate, preset, train
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny tensors: threads only cost; bit-exact comparisons need their number
 V, T, D = 257, 16, 32
-SMALL = dict(block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=D, insert_layer=2,
+SMALL = dict(init_std=0.02, block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=D, insert_layer=2,
              n_concepts=64, k_concepts=5)
 FORMS = [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0}),
          ("concept", {"insert_layer": 3}), ("concept", {"concept_residual": True}),
@@ -490,19 +490,9 @@ def test_dead_latents_revive_through_the_auxiliary_loss(aux_weight, revived):
         optimizer.zero_grad()
         sae.after_step(out, World("cpu"))
         assert torch.allclose(sae.decoder.norm(dim=-1), torch.ones(64), atol=1e-5)
-        assert step != 20 or sae.dead_fraction() > 0.3
-    assert (sae.dead_fraction() < 0.25) == revived
-
-
-def test_idle_counts_tokens_since_each_latent_fired():
-    sae = TopKSAE(D, 6, 2, dead_after=7)
-
-    def step(values, indices):
-        out = SAEOutput(None, torch.tensor(values), torch.tensor(indices), None, None, None)
-        sae.after_step(out, World("cpu"))
-    step([[2.0, 1.0], [1.0, 0.0]], [[0, 1], [0, 2]])  # latent 2 was chosen, with activation 0
-    step([[1.0, 1.0]] * 6, [[1, 3]] * 6)
-    assert sae.idle.tolist() == [6, 0, 8, 0, 8, 8] and sae.dead_fraction() == 0.5
+        dead = (sae.idle > 500).float().mean()
+        assert step != 20 or dead > 0.3
+    assert (dead < 0.25) == revived
 
 
 def openai_file(path, D_t=24, C=96, k=6):
@@ -666,7 +656,6 @@ def test_prepare_writes_every_token_and_keeps_to_its_own_folder(tmp_path, monkey
         assert encoding.decode(ids) == found[split == "val"] and meta["tokens"][split] == len(ids)
     assert out == Path("data/t") and meta["vocab_size"] <= 300 and max(ids) < meta["vocab_size"]
     before = (out / "train.bin").read_bytes()
-    prepare(DataSettings("t.txt", vocab_size=300))  # is there
     with pytest.raises(ValueError, match="name another --out"):
         prepare(DataSettings("t.txt", vocab_size=257))
     assert (out / "train.bin").read_bytes() == before
@@ -688,28 +677,22 @@ def test_the_default_corpus_is_the_standard_library_without_tests_and_tables():
 
 
 def test_downloads_are_whole_checked_and_made_once(tmp_path, monkeypatch):
-    source, calls, waits = tmp_path / "source", [], []
+    source = tmp_path / "source"
     source.write_bytes(b"payload")
-    real = data_module.urllib.request.urlretrieve
 
-    def flaky(url, path):
-        calls.append(url)
-        if len(calls) % 3:  # cut short twice, then whole
-            Path(path).write_bytes(b"pay")
-            raise OSError("dropped")
-        return real(url, path)
-    monkeypatch.setattr(data_module.urllib.request, "urlretrieve", flaky)
-    monkeypatch.setattr(data_module.time, "sleep", waits.append)
+    def dropped(url, path):
+        Path(path).write_bytes(b"pay")
+        raise OSError("dropped")
     url, path = source.as_uri(), tmp_path / "deep/file"
     digest = "239f59ed55e737c77147cf55ad0c1b030b6d7ee748a7426952f9b852d5a935e5"
-    for _ in range(2):
-        assert fetch(url, path, digest).read_bytes() == b"payload" and len(calls) == 3
-    assert waits == [1, 9] and os.listdir(path.parent) == ["file"]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="dropped.*put it at"):
+        patch.setattr(data_module.urllib.request, "urlretrieve", dropped)
+        fetch(url, path, digest)
+    assert not os.listdir(path.parent) and fetch(url, path, digest).read_bytes() == b"payload"
     with pytest.raises(ValueError, match="SHA-256"):
         fetch(url, tmp_path / "other", "0" * 64)
-    with pytest.raises(ValueError, match="not to be had.*put the file at"):
-        fetch((tmp_path / "no").as_uri(), tmp_path / "none")
-    assert not (tmp_path / "none").exists() and not (tmp_path / "other").exists()
+    monkeypatch.setattr(data_module.urllib.request, "urlretrieve", dropped)
+    assert fetch(url, path, digest) == path and not (tmp_path / "other").exists()
 
 
 def tar(members, mode="w"):
@@ -736,7 +719,7 @@ def test_public_texts_come_from_their_addresses(tmp_path, monkeypatch):
     monkeypatch.setattr(data_module, "OPENWEBTEXT", there + "/urlsf_subset{:02d}.tar")
     found = list(documents("openwebtext", 2))
     assert [t for t, _ in found] == [t.replace("\n\n\n\n", "\n\n") + EOT for t in texts]
-    assert 0 < sum(held_out for _, held_out in found) < 10
+    assert sum(held_out for _, held_out in found) == 2
     write_shard("fineweb_val_000000.bin", range(40))
     write_shard("fineweb_train_000001.bin", range(99))
     monkeypatch.setattr(data_module, "FINEWEB", there + "/fineweb_{}_{:06d}.bin")
@@ -769,7 +752,7 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     with pytest.raises(OSError):
-        a_run(tmp_path / "ckpt.pt/below_a_file")
+        a_run(tmp_path / "ckpt.pt/below_a_file").save()
 
 
 class Hostile:
@@ -821,9 +804,9 @@ def test_command_line(capsys):
     for argv, words in ((["--stpes", "3"], "mean --steps?"), (["--step=3"], "mean --steps?"),
                         (["--steps", "x"], "invalid int"), (["--kind", "c"], "invalid choice"),
                         (["--steps", "100"], "take 99"), (["y"], "unknown argument y")):
-        with pytest.raises(SystemExit) as stop:
+        with pytest.raises((SystemExit, ValueError)) as stop:
             parse(Toy, ["x", *argv])
-        assert stop.value.code == 2 and words in capsys.readouterr().err
+        assert words in str(stop.value) + capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse(Toy, ["--help"])
     text = capsys.readouterr().out
@@ -849,8 +832,8 @@ def test_presets_are_the_papers(name, sizes, training, parameters):
     counts = []
     for s, mix in ((ours, "concept"), (ntp, "none")):
         with torch.device("meta"):
-            model = CoCoMix(CoCoMixConfig(n_layer=s.n_layer, n_head=s.n_head, n_embd=s.n_embd,
-                                          insert_layer=s.insert_layer, mix=mix))
+            model = CoCoMix(CoCoMixConfig(50257, mix, 1024, s.n_layer, s.n_head, s.n_embd, 0.02,
+                                          s.insert_layer, n_concepts=32768))
         counts.append(model.num_parameters())
     counts[0] -= 32768 * ours.n_embd  # the paper's counts leave the compression layer out
     assert counts == pytest.approx(parameters, rel=0.02)
@@ -861,10 +844,9 @@ def test_presets_are_the_papers(name, sizes, training, parameters):
     (["--mode", "ntp", "--sae", "x"], "others take none"), (["--steps", "0"], "above 0"),
     (["--mode", "cocomix", "--teacher", "x"], "needs an SAE"), (["--lr", "-1"], "above 0"),
     (["--insert_layer", "6"], "blocks are 0 to 5"), (["--sae_layer", "6"], "blocks are 0 to 5")])
-def test_impossible_training_settings_are_refused(argv, words, capsys):
-    with pytest.raises(SystemExit):
+def test_impossible_training_settings_are_refused(argv, words):
+    with pytest.raises(ValueError, match=words):
         parse(TrainSettings, argv, preset)
-    assert words in capsys.readouterr().err
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -954,7 +936,7 @@ def test_the_same_command_goes_on_bit_for_bit(corpus, trained, tmp_path, how):
     whole, _ = train(replace(s, out=str(tmp_path / "whole")), World("cpu"))
     code, output = kill(launch(flags(s), wait=False), tmp_path / "cut/log.jsonl", 5, how)
     at = load_checkpoint(tmp_path / "cut/ckpt.pt", "model")["step"]
-    assert code == {signal.SIGTERM: 143, signal.SIGKILL: -9}[how] and 7 <= at < 90, output
+    assert code == {signal.SIGTERM: 1, signal.SIGKILL: -9}[how] and 7 <= at < 90, output
     assert at % 7 == 0 if how == signal.SIGKILL else "the same command goes on" in output
     assert launch(flags(s)).returncode == 0
     assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "cut").values(),
@@ -1004,7 +986,7 @@ def test_sae_training_on_two_processes_is_that_on_one_and_goes_on(corpus, traine
     assert load_checkpoint(tmp_path / "cut/ckpt.pt", "sae")["step"] == 8
     again, _ = train_sae(cut, teacher, World("cpu"))
     assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
-    for changes, words in (({"lr": 1.0}, "lr 0.003 there, 1.0 here"), ({"layer": 3}, "blocks are 0 to 2")):
+    for changes, words in (({"lr": 1.0}, "lr default there, 1.0 here"), ({"layer": 3}, "blocks are 0 to 2")):
         with pytest.raises(ValueError, match=words):
             train_sae(replace(cut, **changes), teacher, World("cpu"))
     two = flags(replace(s, out=str(tmp_path / "two"), teacher=trained["teacher"]))
@@ -1082,7 +1064,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(corpus, tmp_path, m
     s, real = settings(corpus, tmp_path, steps=30, save_interval=7), train_module.learning_rate
     monkeypatch.setattr(train_module, "learning_rate",
                         lambda step, s: real(step, s) if step < 8 else math.inf)
-    with pytest.raises(FloatingPointError, match="--lr"):
+    with pytest.raises(ValueError, match="--lr"):
         train(s, World("cpu"))
     assert load_checkpoint(tmp_path / "ckpt.pt", "model")["step"] == 7
 
@@ -1101,7 +1083,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
         with pytest.raises(ValueError, match=words):
             train(settings(corpus, tmp_path / "o", **{**trained, **changes}), World("cpu"))
     done = launch(flags(settings(corpus, corpus / "meta.json/x")))
-    assert done.returncode == 1 and re.fullmatch("error: .*Not a directory.*Free some space.*\n", done.output)
+    assert done.returncode == 1 and re.fullmatch("error: .*Not a directory.*free some space.*\n", done.output)
 
 
 def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Literal
@@ -52,18 +52,18 @@ SIZES = {  # the paper's, section 3 and appendix; NTP's width makes its paramete
 def preset(args):
     """The defaults {field: value} of --preset, where --mode has a say in them."""
     if args.preset == "tiny":
-        return {"compile": "off"}  # it takes longer than these runs
+        return {}
     size, mode = dict(SIZES[args.preset]), args.mode.replace("all", "cocomix")
     width, plain = size.pop("ntp_embd"), MIX[mode] == "none"
     return size | dict(
         mode=mode, out=f"out/{args.preset}/{mode}", data="data/openwebtext", block_size=1024,
-        n_embd=width if plain else size["n_embd"], k_concepts=32, concept_weight=0.1,
-        eval_interval=500, eval_tokens=1 << 20, sae="openai" if mode == "cocomix" else "",
+        init_std=0.02, n_embd=width if plain else size["n_embd"], k_concepts=32, concept_weight=0.1,
+        eval_interval=500, eval_tokens=1 << 20, compile=True, sae="openai" if mode == "cocomix" else "",
         teacher="gpt2" if mode in ("cocomix", "kd") else "")
 
 
 @dataclass(frozen=True)
-class TrainSettings:
+class TrainSettings(CoCoMixConfig):
     """Train CoCoMix or a baseline; --mode all runs the whole method. See also train.py report
     --help and train.py eval --help."""
     mode: Literal["all", "ntp", "pause", "kd", "cocomix"] = "all"  # ntp: a plain GPT; kd: distilled
@@ -72,16 +72,6 @@ class TrainSettings:
     out: str = "out/tiny"  # folder for checkpoints and logs
     teacher: str = ""  # modes cocomix, kd: checkpoint (--mode ntp), gpt2, or a GPT-2's weights
     sae: str = ""  # mode cocomix: checkpoint (sae.py), or openai (for gpt2), openai:LAYER
-    n_layer: int = 6  # blocks
-    n_head: int = 3  # attention heads
-    n_embd: int = 96  # width
-    block_size: int = 128  # tokens of context
-    insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; predicted
-    concept_residual: bool = False  # our variant: h + c stands at the concept position, not c
-    n_concepts: int = 512  # mode all: the SAE's latents; in mode cocomix the SAE says
-    k_concepts: int = 16  # concepts mixed in; in mode all also the SAE's active latents
-    concept_weight: float = 0.5  # weight of the concept loss; 0.1 in the paper
     kd_weight: float = 1.0  # mode kd: weight of KL(teacher || student)
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation", "shuffled"] = "attribution"
@@ -97,15 +87,14 @@ class TrainSettings:
     save_interval: int = 500  # steps between checkpoints; the last step is always saved
     sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
-    sae_lr: float = 3e-3  # mode all: its peak learning rate
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on CUDA only
+    compile: bool = False  # torch.compile the step, for long runs on a GPU: the big presets do
 
     def __post_init__(self):
-        counts = self.steps, self.block_size, self.eval_interval, self.save_interval
-        require(min(counts) > 0 < self.lr, "--steps, --block_size, --eval_interval, --save_interval "
-                "and --lr must be above 0")
+        least = min(self.steps, self.block_size, self.eval_interval, self.save_interval, self.lr)
+        require(least > 0, f"{least} is too little: --steps, --block_size, --eval_interval, "
+                "--save_interval and --lr must be above 0")
         layers = {"ntp": (), "kd": (), "all": (self.insert_layer, self.sae_layer)}
         require(all(0 <= i < self.n_layer for i in layers.get(self.mode, (self.insert_layer,))),
                 f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
@@ -117,7 +106,7 @@ class TrainSettings:
 
 # What does not change what a run learns; the teacher, SAE and data are known by their fingerprints.
 FREE = ("out", "data", "teacher", "sae", "preset", "device", "compile", "micro_batch",
-        "save_interval", "keep_labels", "sae_layer", "sae_steps", "sae_lr", "n_concepts")
+        "save_interval", "keep_labels", "sae_layer", "sae_steps", "n_concepts")
 
 
 def learning_rate(step, settings):
@@ -205,11 +194,11 @@ class Setup:
             self.labels, self.val_labels = (
                 Labels(make, windows, rule, settings.n_labels, n_concepts, settings.keep_labels)
                 for windows in (self.data, self.val))
-        sizes = {k: v for k, v in asdict(settings).items() if hasattr(CoCoMixConfig, k)}
+        sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
         sizes.update(vocab_size=V, n_concepts=n_concepts, mix=MIX[settings.mode])
         torch.manual_seed(settings.seed)
         self.model = self.step_model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)
-        if settings.compile == "on" or settings.compile == "auto" and world.cuda:
+        if settings.compile:
             self.step_model = torch.compile(self.model)  # the raw model evaluates and is saved
             for block in self.teacher.h if self.teacher else ():
                 block.compile()
@@ -232,7 +221,7 @@ class Setup:
 
 def train(settings, world):
     """Train one model as `settings` say -> (model, records of its log). Writes out/ckpt.pt and
-    out/log.jsonl. ValueError and FloatingPointError: see Setup, data.Run."""
+    out/log.jsonl. ValueError: see Setup, data.Run."""
     setup, second = Setup(settings, world), {"cocomix": "concept_loss", "kd": "kd_loss"}
     model, step_model = setup.model, setup.step_model
     optimizer = model.configure_optimizer(settings.lr)
@@ -361,10 +350,9 @@ def compare(rows):
 
 def plot(rows, path):
     """A picture of validation loss by training tokens: a row's mean over seeds, and their range."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for name, logs in rows.items():
         curves = [[r for r in log if "val_loss" in r] for log in logs.values()]
         tokens = [r["tokens"] for r in curves[0]]
@@ -474,9 +462,8 @@ def pipeline(settings, world):
     teacher.requires_grad_(False)
     sae, figures = train_sae(SAESettings(
         data=settings.data, out=str(out / "sae"), layer=settings.sae_layer, k=settings.k_concepts,
-        n_latents=settings.n_concepts, steps=settings.sae_steps, lr=settings.sae_lr,
-        batch_tokens=settings.batch_tokens, dead_after=50 * settings.batch_tokens,
-        seed=settings.seed, dtype=settings.dtype), teacher, world)
+        n_latents=settings.n_concepts, steps=settings.sae_steps, seed=settings.seed,
+        batch_tokens=settings.batch_tokens, dtype=settings.dtype), teacher, world)
     val, dictionary = Windows(settings.data, "val", settings.block_size), out / "sae/concepts.json"
     if world.main and not dictionary.exists():
         describe(teacher, sae, settings.sae_layer, val, dictionary)
@@ -504,7 +491,7 @@ def main():
     if command == "eval":
         settings = parse(EvalSettings, sys.argv[2:])
         return evaluate_models(settings, World(settings.device, settings.dtype))
-    settings = parse(TrainSettings, presets=preset)
+    settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
     if name in KNOWN and settings.data == f"data/{name}":
         world.first(lambda: Path(settings.data).exists() or prepare(DataSettings(name)))
