@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from cocomix import CoCoMix, CoCoMixConfig
+from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
+                     steerable)
 from data import (GPT2, KNOWN, DataSettings, Run, Windows, World, atomic, get_tokenizer, identity,
                   load_checkpoint, parse, prepare, require, run)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_sae, load_teacher,
@@ -328,10 +330,12 @@ def plus_minus(values, form, n=1):
 
 
 def compare(rows):
-    """Markdown table of `rows` {name: {seed: log}}, each compared with the first seed by seed."""
+    """Markdown table of `rows` {name: {seed: log}}, each compared with the first, seed by seed:
+    validation loss ± s.d., its difference ± standard error, tokens saved by the end of the first
+    ± s.d."""
     baseline = next(iter(rows))
-    table = ["| run | seeds | parameters | tokens | training FLOPs | seconds | validation loss "
-             "| difference ± its standard error | tokens saved, % |", "|---" * 9 + "|"]
+    table = ["| run | seeds | parameters | tokens | FLOPs | seconds | loss | difference | saved % |",
+             "|---" * 9 + "|"]
     for name, logs in rows.items():
         first, ends = next(iter(logs.values()))[0], [log[-1] for log in logs.values()]
         pairs = [(log, rows[baseline][s][-1]) for s, log in logs.items() if s in rows[baseline]]
@@ -454,30 +458,90 @@ def evaluate_models(settings, world):
 
 # ---- mode all: the whole method ------------------------------------------------------------------
 
+REPORT = """
+{table}
+
+{picture}
+
+**The same prompt**, continued by NTP and by CoCoMix:
+
+```
+{ntp}
+----
+{cocomix}
+```
+
+**What it thinks** at ten tokens of held-out text: its strongest concept, (logit), tokens the
+concept fires on > tokens that follow. {hits:.1%} of its predictions are among the teacher's labels
+of their tokens; guessing the most frequent ones would be right in {guess:.1%}.
+
+```
+{thoughts}
+```
+
+**Steered**: concept {id}, {words}, the one with the most typical follower of those that fire on one
+token in 1,000, raised by 4. Its followers are {rates[0]:.1%}, {rates[1]:.1%}, {rates[2]:.1%} of what
+follows 32 held-out texts at strengths 0, 2, 4.
+
+```
+{steered}
+```
+
+Try next:
+
+    python cocomix.py {ckpt} --prompt {prompt} --inspect
+    python cocomix.py {ckpt} --prompt {prompt} --steer {id}=+2
+    python cocomix.py {ckpt} --study
+"""
+
+
+def first_report(out, ntp, cocomix, val):
+    """The text of report.md: both models in `out`, compared, read and steered; writes curves.png
+    where matplotlib is installed."""
+    rows, picture = rows_of([out / "ntp", out / "cocomix"]), f"Curves: {out}/curves.png"
+    try:
+        plot(rows, out / "curves.png")
+    except ImportError:
+        picture = "No picture of the curves: pip install matplotlib, and give the command again"
+    ckpt, encoding = load_checkpoint(out / "cocomix/ckpt.pt", "model"), get_tokenizer(val.meta)
+    entries, figures = load_dictionary(ckpt), ckpt["log"][-1]
+    numbers = sum(val.spread(32 * val.block_size), [])
+    prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
+
+    def continued(model, steer=None):
+        generator = torch.Generator(prompts.device).manual_seed(0)
+        new = model.generate(prompts[:1], 60, 0.7, 50, steer, generator)
+        return encoding.decode(new[0].tolist())
+    best = steerable(entries, 1)[0]
+    rates = [follower_rate(cocomix, prompts, best, {best["id"]: float(s)}) for s in (0, 2, 4)]
+    thoughts = list(inspect(cocomix, encoding, prompts[-1].tolist(), entries, 1))[-10:]
+    return REPORT.format(
+        table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
+        thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
+        id=best["id"], words=in_words(best), rates=rates, ckpt=out / "cocomix/ckpt.pt",
+        steered=continued(cocomix, {best["id"]: 4.0}),
+        prompt=shlex.quote(encoding.decode(prompts[0, :8].tolist())))
+
+
 def pipeline(settings, world):
     """Teacher (= NTP baseline) -> SAE and its dictionary -> CoCoMix as in the paper -> report."""
     out = Path(settings.out)
     names = {"teacher": str(out / "ntp/ckpt.pt"), "sae": str(out / "sae/ckpt.pt")}
-    teacher, _ = train(replace(settings, mode="ntp", out=str(out / "ntp")), world)
-    teacher.requires_grad_(False)
-    sae, figures = train_sae(SAESettings(
+    ntp, _ = train(replace(settings, mode="ntp", out=str(out / "ntp")), world)
+    ntp.requires_grad_(False)
+    sae, _ = train_sae(SAESettings(
         data=settings.data, out=str(out / "sae"), layer=settings.sae_layer, k=settings.k_concepts,
         n_latents=settings.n_concepts, steps=settings.sae_steps, seed=settings.seed,
-        batch_tokens=settings.batch_tokens, dtype=settings.dtype), teacher, world)
+        batch_tokens=settings.batch_tokens, dtype=settings.dtype), ntp, world)
     val, dictionary = Windows(settings.data, "val", settings.block_size), out / "sae/concepts.json"
     if world.main and not dictionary.exists():
-        describe(teacher, sae, settings.sae_layer, val, dictionary)
-    student, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
+        describe(ntp, sae, settings.sae_layer, val, dictionary)
+    cocomix, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
     if world.main:
-        prompt, encoding = val.window(0)[None, :24].to(world.device), get_tokenizer(val.meta)
-        generator = torch.Generator(world.device).manual_seed(0)
-        new = student.generate(prompt, 100, 0.7, generator=generator)[0].tolist()
-        table = compare(rows_of([out / "ntp", out / "cocomix"]))
-        text = (f"{table}\n\nSAE: {figures}\n\n"
-                f"CoCoMix goes on from held-out text:\n\n{encoding.decode(new)}\n")
+        text = first_report(out, ntp, cocomix, val)
         with atomic(out / "report.md") as tmp:
             tmp.write_text(text, "utf-8")
-        print(f"\n{text}\n{out}/report.md")
+        print(text)
 
 
 def main():
