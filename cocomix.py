@@ -63,15 +63,13 @@ class CoCoMixConfig:
     concept_residual: bool = False  # our variant, not the paper's: h + c takes the place of c
 
     def __post_init__(self):
-        known = self.mix in ("none", "pause", "concept"), self.insertion in ("interleave", "add", "none")
-        require(all(known), f"mix={self.mix!r}, insertion={self.insertion!r}: see CoCoMixConfig")
+        known = ("none", "pause", "concept"), ("interleave", "add", "none")
+        require(self.mix in known[0] and self.insertion in known[1],
+                f"mix={self.mix!r}, insertion={self.insertion!r}: they are of {known}")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: change one")
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
-        plain = self.mix == "concept" and not self.concept_residual
-        require(self.insertion == "interleave" or self.mix == "none" or plain, f"insertion={self.insertion} is for "
-                "mix='concept' without concept_residual: leave it out")
         require(self.mix != "concept" or 1 <= self.k_concepts <= self.n_concepts,
                 f"k_concepts={self.k_concepts} is not in 1 to n_concepts={self.n_concepts}")
 
@@ -221,8 +219,10 @@ class CoCoMix(nn.Module):
         """Equation (4), or an ablation of it: h, c (B,T,D) -> (B,S,D)."""
         if self.config.insertion == "none":
             return h
-        c = (h + c if self.config.concept_residual else c.expand_as(h)).to(h.dtype)
-        return interleave(h, c) if self.config.insertion == "interleave" else h + c
+        added = (h + c).to(h.dtype)
+        if self.config.insertion == "add":
+            return added
+        return interleave(h, added if self.config.concept_residual else c.to(h.dtype).expand_as(h))
 
     def hidden(self, idx, steer=None, past=None):
         """idx (B,T) -> h (B,T,D) after the last block, z (B,T,C) or None: equations (1) to (4)."""
@@ -230,9 +230,8 @@ class CoCoMix(nn.Module):
         h, z = self.embed(idx, start), None
         for i, block in enumerate(self.h):
             if self.config.mix != "none" and i == self.config.insert_layer:
-                c = self.pause if self.config.mix == "pause" else None
-                if self.config.mix == "concept":
-                    c, z = self.concept(h, steer)
+                concept = self.config.mix == "concept"
+                c, z = self.concept(h, steer) if concept else (self.pause, None)
                 h = self.insert(h, c)
             h = block(h, past[i] if past else None)
         return h[:, self.positions - 1::self.positions], z  # of two positions, the concept's
@@ -261,14 +260,13 @@ class CoCoMix(nn.Module):
 
         temperature 0 is greedy; top_k keeps the likeliest tokens, 0 all. `steer` {concept:
         strength} moves concepts at every position (`ConceptLayer`). When block_size is reached the
-        second half of the text is read anew: a token costs the same on average. ValueError for an
-        empty prompt or a concept that is not mixed in."""
+        second half of the text is read anew: a token costs the same on average. ValueError for a
+        concept that is not mixed in."""
         mixed = self.config.n_concepts if self.config.mix == "concept" and self.concept.mixes else 0
         pushes = torch.zeros(mixed, device=idx.device) if steer else None
         for concept, strength in (steer or {}).items():
             require(0 <= concept < mixed, f"no concept {concept} to steer: this model mixes {mixed}")
             pushes[concept] = strength
-        require(idx.size(1), "the prompt is empty: give at least one token")
         past, new, seen = [[] for _ in self.h], idx, 0
         for _ in range(max_new_tokens):
             if seen + new.size(1) > self.config.block_size:
@@ -351,8 +349,6 @@ def load_hf(path, config=None):
         raise ValueError(f"{path} is missing, damaged or no GPT-2 ({e!r:.200}): name a "
                          "model.safetensors or pytorch_model.bin, or download it again") from e
     if config is None:
-        require("pre_bias" not in found, f"{path} is a CoCoMix, which does not say its n_head, "
-                "insert_layer and k_concepts: give load_hf a CoCoMixConfig")
         layers = {name.split(".")[1] for name in found if name.startswith("h.")}
         config = CoCoMixConfig(mix="none", n_layer=len(layers), n_head=wte.size(1) // 64 or 1,
                                n_embd=wte.size(1), vocab_size=len(wte), block_size=len(wpe))

@@ -157,9 +157,9 @@ def get_tokenizer(vocabulary):
     try:
         return tiktoken.get_encoding("gpt2")
     except Exception as e:  # requests' errors, and the cache folder's
-        raise ValueError(f"GPT-2's tokenizer is neither cached nor to be had ({e!r:.99}): go online "
-                         "once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the data "
-                         "with --tokenizer bpe") from e
+        raise ValueError(f"GPT-2's tokenizer is neither cached nor to be had ({e!r:.99}): go "
+                         "online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the "
+                         "data with --tokenizer bpe") from e
 
 
 def train_bpe(text, vocab_size):
@@ -217,9 +217,11 @@ def fetch(url, path="", sha256=None):
             try:
                 urllib.request.urlretrieve(url, tmp)
             except OSError as e:
-                raise ValueError(f"{url} is not to be had ({e}): try again, or put it at {path}") from e
+                raise ValueError(f"{url} is not to be had ({e}): go online and try again, or put "
+                                 f"the file at {path}") from e
             digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-            require(sha256 in (None, digest), f"{url} is damaged, its SHA-256 is {digest}: try again")
+            require(sha256 in (None, digest),
+                    f"{url} is damaged, its SHA-256 is {digest}: try again")
     return path
 
 
@@ -394,19 +396,16 @@ class World:
     whether it computes in bf16 (`dtype` bfloat16, or auto on CUDA; never fp16).
 
     NCCL reduces GPU tensors and gloo CPU ones, so that a small CPU tensor is reduced without
-    stalling the GPU. ValueError for a GPU that is not there."""
+    stalling the GPU."""
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main, self.signal, gpus = self.rank == 0, 0, torch.cuda.device_count()
-        kind = device if device != "auto" else "cuda" if gpus else "cpu"
+        self.main, self.signal = self.rank == 0, 0
+        kind = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and kind == "cuda"
         self.device = torch.device(kind)
         if kind == "cuda":
-            local = int(os.environ.get("LOCAL_RANK", 0))
-            require(local < gpus, f"process {local} finds {gpus} GPUs: take as many processes as "
-                    "GPUs, or --device cpu")
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if kind == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % of a step
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX

@@ -56,7 +56,6 @@ class TopKSAE(nn.Module):
 
     def __init__(self, n_embd, n_latents, k, k_aux=0, aux_weight=1 / 32, dead_after=10_000_000):
         super().__init__()
-        require(1 <= k <= n_latents, f"k={k} must lie between 1 and n_latents={n_latents}")
         self.config = {"n_embd": n_embd, "n_latents": n_latents, "k": k, "dead_after": dead_after,
                        "k_aux": k_aux or n_embd // 2, "aux_weight": aux_weight}
         self.k, self.dead_after = k, dead_after
@@ -195,7 +194,6 @@ class Labels:
         digest = hashlib.sha256(json.dumps([identity, windows.fingerprint(), self.shape]).encode())
         self.path = windows.paths[0].with_suffix(f".{digest.hexdigest()[:16]}.labels")
         if keep:
-            require(n_concepts < 65534, f"{n_concepts} concepts are too many: --no-keep_labels")
             self.path.open("ab").close()
             self.file = self.path.open("r+b", buffering=0)
 
@@ -403,7 +401,6 @@ def main():
     command = sys.argv[1:2] == ["describe"]
     settings = parse(SAESettings, sys.argv[1 + command:])
     world = World(settings.device, settings.dtype)
-    require(settings.teacher, "--teacher is missing: `python train.py --mode ntp` trains one")
     teacher = load_teacher(settings.teacher, world)
     if not command:
         return world.print(f"SAE in {settings.out}: {train_sae(settings, teacher, world)[1]}")

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import data as data_module
 import sae as sae_module
 import train as train_module
-from cocomix import CoCoMix, CoCoMixConfig, concept_loss, load_hf, standardise, study
+from cocomix import CoCoMix, CoCoMixConfig, concept_loss, load_hf, standardise, steerable, study
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
 from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint, load_openai,
@@ -214,17 +214,15 @@ def test_steering_moves_a_logit_in_units_of_the_positions_largest():
 @pytest.mark.parametrize("changes,words", [
     ({"insert_layer": 4}, "insert_layer=4"), ({"insert_layer": -1}, "0 to 3"),
     ({"k_concepts": 65}, "k_concepts"), ({"n_head": 5}, "n_embd=32"), ({"mix": "stir"}, "stir"),
-    ({"insertion": "stir"}, "stir"), ({"mix": "pause", "insertion": "add"}, "insertion")])
+    ({"insertion": "stir"}, "stir")])
 def test_impossible_models_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         CoCoMixConfig(**{**SMALL, **changes})
 
 
-def test_long_inputs_and_empty_prompts_are_refused():
+def test_long_inputs_are_refused():
     with pytest.raises(ValueError, match="block_size=16"):
         small()(tokens(1, T + 1))
-    with pytest.raises(ValueError, match="empty"):
-        small().generate(tokens(1, 0), 1)
 
 
 def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
@@ -294,9 +292,6 @@ def test_load_hf_infers_sizes_and_names_what_is_wrong(tmp_path):
     del tensors["ln_f.bias"]
     write_safetensors(path, tensors | {"extra": torch.ones(2), "h.1.ln_1.weight": torch.ones(7)})
     with pytest.raises(ValueError, match=r"ln_f.bias.*extra.*h.1.ln_1.weight"):
-        load_hf(path)
-    write_safetensors(path, hf_names(small(), "transformer."))
-    with pytest.raises(ValueError, match="does not say its n_head, insert_layer and k_concepts"):
         load_hf(path)
 
 
@@ -413,17 +408,17 @@ def test_labels_are_made_once_and_a_torn_file_is_mended(tmp_path):
         idx, targets = windows.batch(numbers)
         labels = Labels(make, windows, identity, 2, 7, keep)
         assert torch.equal(labels(idx, targets, numbers), torch.stack([idx % 7, idx % 7 - 1], -1))
-        return labels
-    ask([2, 5]), ask([5, 2]), ask([2])
-    assert calls == [2]  # in another order, by another process: not made again
-    path = ask([0]).path
+        return labels.path
+    path = ask([2, 5])
+    ask([5, 2]), ask([2]), ask([0])
+    assert calls == [2, 1]  # in another order, by another process: not made again
     whole = path.read_bytes()
     for torn in (whole[:9], b"", whole[:33] + b"\0\0" + whole[35:], b"\xff" * len(whole)):
         path.write_bytes(torn)
         calls.clear(), ask([0, 2]), ask([2, 0])
         assert calls == [2]
     calls.clear(), ask([2], identity="b"), ask([2], keep=False), ask([2], keep=False)
-    assert calls == [1, 1, 1] and len(list(tmp_path.glob("*.labels"))) == 2
+    assert calls == [1, 1, 1]
 
 
 # ---- the SAE -------------------------------------------------------------------------------------
@@ -595,10 +590,8 @@ def test_a_folder_is_split_by_its_files_names_and_a_file_at_its_end(tmp_path):
         (tmp_path / name).write_bytes(text.encode())
     (tmp_path / "d/binary.png").write_bytes(b"\x89PNG\0\0")
     found = all_text(tmp_path / "d")
-    documents_found = {half: set(text.split(EOT)[:-1]) for half, text in found.items()}
-    assert documents_found[True] | documents_found[False] == set(texts.values())
-    assert 0.01 < len(found[True]) / len("".join(found.values())) < 0.1
-    (tmp_path / "train.txt").write_text("t " * 50)
+    assert set((found[False] + found[True]).split(EOT)[:-1]) == set(texts.values())
+    assert 0.01 < len(found[True]) / len(found[False]) < 0.1
     (tmp_path / "one.txt").write_bytes("".join(f"line {i}\n" for i in range(9000)).encode())
     found = all_text(tmp_path / "one.txt")
     assert found[False] + found[True] == (tmp_path / "one.txt").read_text() + EOT
@@ -645,7 +638,7 @@ def test_downloads_are_whole_checked_and_made_once(tmp_path, monkeypatch):
         raise OSError("dropped")
     url, path = source.as_uri(), tmp_path / "deep/file"
     digest = "239f59ed55e737c77147cf55ad0c1b030b6d7ee748a7426952f9b852d5a935e5"
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="dropped.*put it at"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="dropped.*put the file at"):
         patch.setattr(data_module.urllib.request, "urlretrieve", dropped)
         fetch(url, path, digest)
     assert not os.listdir(path.parent) and fetch(url, path, digest).read_bytes() == b"payload"
@@ -1070,13 +1063,14 @@ def test_the_whole_method_in_one_command(tmp_path, corpus):
     done = launch(flags(s), processes=2, LC_ALL="C")
     assert done.returncode == 0, done.output
     report = (tmp_path / "report.md").read_text("utf-8")
-    assert "| 3.0" not in report and re.search(r"cocomix.* \| [+-]\d", report), report
-    files = {p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("*/*")}
-    assert {"ntp/ckpt.pt", "sae/ckpt.pt", "sae/concepts.json", "cocomix/ckpt.pt"} <= files
-    before = {f: (tmp_path / f).stat().st_mtime_ns for f in files if f.endswith(("pt", "json"))}
+    assert report in done.output and re.search(r"cocomix \| 1 .* \| [+-]\d", report), done.output
+    continued, thoughts, steered = (block.splitlines() for block in report.split("```")[1::2])
+    assert "----" in continued and continued[1][:8] == steered[1][:8] and len(thoughts) == 11
+    files = [tmp_path / f for f in ("ntp/ckpt.pt", "sae/ckpt.pt", "sae/concepts.json", "cocomix/ckpt.pt")]
+    before = [path.stat().st_mtime_ns for path in files]
     train_module.pipeline(s, World("cpu"))  # every stage is found finished
     assert (tmp_path / "report.md").read_text("utf-8") == report
-    assert before == {f: (tmp_path / f).stat().st_mtime_ns for f in before}
+    assert before == [path.stat().st_mtime_ns for path in files]
 
 
 # ---- reports and evaluation ----------------------------------------------------------------------
@@ -1278,10 +1272,9 @@ def test_the_steering_study_finds_a_planted_effect():
                for c in range(64)]
     down, still, up = study(model, tokens(6, 4), entries, (-8, 0, 8), concepts=2)
     assert still[1] == still[2] < 0.2 and up[1] > 0.9 > 0.5 > up[2] and down[1] < 0.2
-    three, = study(model, tokens(6, 4), entries, (8,), 3)  # concept 2, not 5: its 9 is taken
-    assert three[1] == pytest.approx(2 / 3, abs=0.1)
+    assert [e["id"] for e in steerable(entries, 3)] == [3, 4, 2]  # 5 says what 4 says
     with pytest.raises(ValueError, match="more text"):
-        next(study(model, tokens(1, 4), [{**e, "rate": 0.0} for e in entries]))
+        steerable([{**e, "rate": 0.0} for e in entries], 1)
 
 
 def cocomix_main(monkeypatch, capsys, *argv):
@@ -1292,8 +1285,8 @@ def cocomix_main(monkeypatch, capsys, *argv):
 
 
 def test_generating_inspecting_and_steering(student, trained, monkeypatch, capsys):
-    model = CoCoMix.from_checkpoint(load_checkpoint(student, "model"))
-    encoding = get_tokenizer(load_checkpoint(student, "model")["vocabulary"])
+    ckpt = load_checkpoint(student, "model")
+    model, encoding = CoCoMix.from_checkpoint(ckpt), get_tokenizer(ckpt["vocabulary"])
     idx = torch.tensor([encoding.encode_ordinary("the cat")])
     plain = ("--prompt", "the cat", "--tokens", "20", "--temperature", "0")
     want = [encoding.decode(model.generate(idx, 20, temperature=0, steer=steer)[0].tolist())
@@ -1307,8 +1300,7 @@ def test_generating_inspecting_and_steering(student, trained, monkeypatch, capsy
     for line, ids in zip(inspected.splitlines()[1:], strongest, strict=True):
         assert [int(i) for i in re.findall(r"(?:^'.+?' +|\| )(\d+) \(", line)] == ids
         assert not entries[ids[0]]["tokens"] or repr(entries[ids[0]]["tokens"][0][1]) in line
-    import cocomix
-    monkeypatch.setattr(cocomix.study, "__defaults__", ((-4, 4), 2))
+    monkeypatch.setattr(study, "__defaults__", ((-4, 4), 2))
     study_lines = cocomix_main(monkeypatch, capsys, student, "--study").splitlines()
     assert len(study_lines) == 4 and re.match(r"\| -4 \| 0\.\d{4} \| 0\.\d{4} \|", study_lines[2])
 

@@ -292,7 +292,8 @@ def read_run(folder):
     except (OSError, ValueError, LookupError, TypeError) as e:
         raise ValueError(f"{folder}/log.jsonl is missing, damaged or no log of train.py ({e!r}): "
                          "name the --out folder of a run") from e
-    require(at == steps, f"{folder} is unfinished, at step {at} of {steps}: give its command again")
+    require(at == steps,
+            f"{folder} is unfinished, at step {at} of {steps}: give its command again")
     return log
 
 
@@ -471,17 +472,17 @@ REPORT = """
 {cocomix}
 ```
 
-**What it thinks** at ten tokens of held-out text: its strongest concept, (logit), tokens the
-concept fires on > tokens that follow. {hits:.1%} of its predictions are among the teacher's labels
-of their tokens; guessing the most frequent ones would be right in {guess:.1%}.
+**What it thinks** at ten tokens of held-out text: the strongest predicted concept, (its logit),
+tokens it fires on > tokens that follow. {hits:.1%} of all predictions are among the teacher's
+labels of their token; always guessing the most frequent labels scores {guess:.1%}.
 
 ```
 {thoughts}
 ```
 
-**Steered**: concept {id}, {words}, the one with the most typical follower of those that fire on one
-token in 1,000, raised by 4. Its followers are {rates[0]:.1%}, {rates[1]:.1%}, {rates[2]:.1%} of what
-follows 32 held-out texts at strengths 0, 2, 4.
+**Steered**: concept {id}, {words}, raised by 4. It has the most typical follower
+that begins a word. Of all that follows 32 held-out texts, its typical followers are
+{rates[0]:.1%} at strength 0, {rates[1]:.1%} at 2, {rates[2]:.1%} at 4.
 
 ```
 {steered}
@@ -507,12 +508,14 @@ def first_report(out, ntp, cocomix, val):
     entries, figures = load_dictionary(ckpt), ckpt["log"][-1]
     numbers = sum(val.spread(32 * val.block_size), [])
     prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
+    prompt = prompts[len(prompts) // 3]
 
     def continued(model, steer=None):
-        generator = torch.Generator(prompts.device).manual_seed(0)
-        new = model.generate(prompts[:1], 60, 0.7, 50, steer, generator)
+        generator = torch.Generator(prompts.device).manual_seed(1)
+        new = model.generate(prompt[None], 60, 0.7, 50, steer, generator)
         return encoding.decode(new[0].tolist())
-    best = steerable(entries, 1)[0]
+    typical = steerable(entries, 20)
+    best = next((entry for entry in typical if entry["next"][0][1][0] == " "), typical[0])
     rates = [follower_rate(cocomix, prompts, best, {best["id"]: float(s)}) for s in (0, 2, 4)]
     thoughts = list(inspect(cocomix, encoding, prompts[-1].tolist(), entries, 1))[-10:]
     return REPORT.format(
@@ -520,7 +523,7 @@ def first_report(out, ntp, cocomix, val):
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
         id=best["id"], words=in_words(best), rates=rates, ckpt=out / "cocomix/ckpt.pt",
         steered=continued(cocomix, {best["id"]: 4.0}),
-        prompt=shlex.quote(encoding.decode(prompts[0, :8].tolist())))
+        prompt=shlex.quote(encoding.decode(prompt[:8].tolist())))
 
 
 def pipeline(settings, world):
