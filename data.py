@@ -287,7 +287,8 @@ def prepare(settings):
         tmp.mkdir()
         if settings.tokenizer.replace("auto", KNOWN.get(source, "bpe")) == "bpe":
             sample = [text for text, held_out in islice(documents(source), 2000) if not held_out]
-            merged = train_bpe("".join(sample).replace(EOT, ""), settings.vocab_size)
+            text = "".join(sample).replace(EOT, "")[:1 << 25]
+            merged = train_bpe(text, settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
         encoding, texts = get_tokenizer(meta), documents(source, settings.shards)

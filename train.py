@@ -78,11 +78,11 @@ class TrainSettings(CoCoMixConfig):
     n_labels: int = 4  # concept labels a token
     rank_by: Literal["attribution", "negative", "absolute", "activation", "shuffled"] = "attribution"
     keep_labels: bool = True  # keep labels beside the data, 8 bytes a token, for later runs
-    steps: int = 700  # optimiser steps
+    steps: int = 600  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
     micro_batch: int = 0  # rows a pass; 0: all of a process's rows at once
-    lr: float = 2e-3  # peak learning rate; a cosine ends at a tenth
-    warmup: int = 50  # steps of linear warm-up
+    lr: float = 6e-3  # peak learning rate; a cosine ends at a tenth
+    warmup: int = 100  # steps of linear warm-up
     seed: int = 0  # of initialisation and data order
     eval_interval: int = 100  # steps between validations
     eval_tokens: int = 32_768  # validation tokens, a fixed set spread over the split; 0: all
