@@ -56,7 +56,7 @@ class CoCoMixConfig:
     n_embd: int = 96  # D: width
     init_std: float = 0.05  # of matrices at the start; GPT-2's 0.02 is for wider models
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; predicted
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; or predicted only
     n_concepts: int = 512  # C: latents of the SAE that labels the tokens; a given --sae says
     k_concepts: int = 16  # K: concepts kept in TopK(z); in mode all also the SAE's
     concept_weight: float = 0.5  # of the concept loss in equation (5); 0.1 in the paper
@@ -391,10 +391,10 @@ class GenerateSettings:
     study: bool = False  # measure steering over many prompts, concepts and strengths
 
 
-def load_dictionary(ckpt):
-    """The entries of the concept dictionary beside the SAE that a model learned from, a dict a
-    concept (`sae.describe`). ValueError if it is missing, or of another SAE."""
-    path = Path(ckpt["dictionary"])
+def load_dictionary(path, ckpt):
+    """The entries of the concept dictionary beside the SAE that the model `ckpt` at `path` learned
+    from, a dict a concept (`sae.describe`). ValueError if it is missing, or of another SAE."""
+    path = Path(path).parent / ckpt["dictionary"]
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     require(found.get("sae") == ckpt["identity"]["sae"], f"{path} is missing or of another SAE: "
             "make it with `python sae.py describe --sae SAE --teacher TEACHER --data DATA`")
@@ -460,14 +460,14 @@ def main():
         text = Windows(ckpt["settings"]["data"], "val", T)
         prompts = torch.cat([text.batch(numbers)[0] for numbers in text.spread(32 * T)])
         print("| strength | typical followers | with a random concept steered |\n|---|---|---|")
-        for row in study(model, prompts[:, :T // 4].to(device), load_dictionary(ckpt)):
+        for row in study(model, prompts[:, :T // 4].to(device), load_dictionary(settings.ckpt, ckpt)):
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
         return
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
     require(ids, "the prompt is empty: give some text with --prompt TEXT")
     if settings.inspect:
         print("token          concept (logit) tokens it fires on > tokens that follow")
-        print(*inspect(model, encoding, ids, load_dictionary(ckpt)), sep="\n")
+        print(*inspect(model, encoding, ids, load_dictionary(settings.ckpt, ckpt)), sep="\n")
         return
     for steer in [{}, dict(settings.steer)][:1 + bool(settings.steer)]:
         generator = torch.Generator(device).manual_seed(settings.seed)

@@ -6,7 +6,7 @@
   python data.py fineweb --shards 10           # downloads: fineweb, openwebtext, shakespeare
 
 A data set is a folder of train.bin and val.bin (uint16 tokens, nanoGPT's format) and a meta.json
-(tokenizer, vocabulary, source). llm.c's shards *train*.bin, *val*.bin (256 int32: 20240520, 1,
+(tokenizer, vocabulary, counts). llm.c's shards *train*.bin, *val*.bin (256 int32: 20240520, 1,
 number of tokens; then uint16 tokens) are read too; without meta.json the tokens are GPT-2's.
 
 In this order: command lines, files, tokenizers, text to tokens, tokens to batches, processes, runs
@@ -108,6 +108,7 @@ def atomic(path):
     path = Path(path)
     tmp = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(tmp, ignore_errors=True)  # of a call that was killed
     try:
         yield tmp
         os.replace(tmp, path)
@@ -125,7 +126,7 @@ def load_checkpoint(path, kind, mmap=False):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         require(ckpt["format"] == f"cocomix-2 {kind}", f"it is {ckpt['format']!r}")
     except Exception as e:  # torch has seven kinds
-        raise ValueError(f"{path} is missing, damaged or no checkpoint of kind {kind} ({e!r:.99}): "
+        raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} ({e!r:.99}): "
                          "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote") from e
     return ckpt
 
@@ -261,12 +262,13 @@ def documents(source, shards=21):
     root, paths = text_files(source)
     paths.sort(key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
     ends = np.cumsum([p.stat().st_size for p in paths])
-    held_out, size, done = paths[:max(1, np.searchsorted(ends, ends[-1] / 20))], ends[-1], 0
+    held_out, size, done = paths[:max(1, np.searchsorted(ends, ends[-1] / 20))], int(ends[-1]), 0
+    piece = min(1 << 20, size // 80 + 1)
     if {p.name for p in paths} == {"train.txt", "val.txt"}:
         held_out = [root / "val.txt"]
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
-            while text := "".join(f.readlines(min(1 << 20, size // 80))):  # whole lines
+            while text := f.read(piece) + f.readline(piece):  # whole lines, if they are not too long
                 yield text, path in held_out if len(paths) > 1 else done > 0.95 * size
                 done += len(text.encode())
         yield EOT, path in held_out
@@ -278,8 +280,8 @@ def prepare(settings):
     source, meta = settings.source, GPT2
     out = Path(settings.out or f"data/{Path(source).expanduser().resolve().stem}")
     if source == "fineweb":
-        for number, split in enumerate(["val"] + ["train"] * settings.shards):
-            url = FINEWEB.format(split, number)
+        for number in [*range(1, settings.shards + 1), 0]:  # the validation shard last: all are there
+            url = FINEWEB.format("train" if number else "val", number)
             fetch(url, out / url.rpartition("/")[2])
         return out
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
@@ -453,8 +455,8 @@ class Run:
             require(not differ, f"{out} holds another run ({'; '.join(differ)}): name another "
                     "--out")
             for name, part in parts.items():
-                part.load_state_dict(ckpt.pop(name))
-            self.ckpt.update(ckpt)
+                part.load_state_dict(ckpt[name])
+            self.ckpt.update(step=ckpt["step"], seconds=ckpt["seconds"], log=ckpt["log"])
         self.sums, self.since, self.clock = {}, 0, time.perf_counter()
 
     def write(self, **record):

@@ -6,8 +6,8 @@
       --n_latents 32768 --lr 3e-4 --steps 20000 --batch_tokens 65536 --dead_after 10000000
 
 How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by attribution):
-    r   = the teacher's residual stream after block `layer` (0-based), standardised as in (1)
-    a   = relu(TopK(W_enc (r - b_pre) + b_lat))              K active latents of C
+    r   = the teacher's residual stream after block `layer` (0-based)
+    a   = relu(TopK(W_enc (n - b_pre) + b_lat))              K active latents of C; n is r standardised
     s_i = a_i * (g . W_dec_i),   g = dL/dr,   L = the teacher's next-token loss, summed over tokens
     labels = the 4 latents with the largest s_i
 s_i is, to first order, what latent i adds to L: a large s_i marks a concept whose presence *raises*
@@ -194,6 +194,7 @@ class Labels:
         digest = hashlib.sha256(json.dumps([identity, windows.fingerprint(), self.shape]).encode())
         self.path = windows.paths[0].with_suffix(f".{digest.hexdigest()[:16]}.labels")
         if keep:
+            require(n_concepts < 65534, f"{n_concepts} concepts are too many: --no-keep_labels")
             self.path.open("ab").close()
             self.file = self.path.open("r+b", buffering=0)
 
@@ -244,7 +245,7 @@ def load_teacher(name, world):
 def load_sae(name, teacher, world):
     """(SAE, layer it reads, file) that `name` names, frozen, on the world's device: a checkpoint of
     ours, "openai" or "openai:LAYER" (5), OpenAI's for GPT-2, which is downloaded once (201 MB)."""
-    if name.startswith("openai"):
+    if name.partition(":")[0] == "openai":
         layer = int(name.partition(":")[2] or 5)
         name = world.first(lambda: fetch(OPENAI.format(layer)))
         sae = load_openai(name)
@@ -264,7 +265,7 @@ def load_sae(name, teacher, world):
 @dataclass(frozen=True)
 class SAESettings:
     """Train a TopK SAE on a teacher's residual stream. `sae.py describe` writes a concept
-    dictionary, concepts.json, beside an SAE: what its latents fire on in held-out text."""
+    dictionary beside an SAE, ckpt.concepts.json: what its latents fire on in held-out text."""
     teacher: str = ""  # checkpoint (train.py --mode ntp), gpt2, or a GPT-2's .safetensors or .bin
     data: str = "data/pystdlib"  # folder of tokens (data.py)
     out: str = "out/sae"  # folder for ckpt.pt and log.jsonl
@@ -309,7 +310,7 @@ def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
 
 
 def train_sae(settings, teacher, world):
-    """Train an SAE for `teacher` as `settings` (SAESettings) say -> (sae, figures); writes
+    """Train an SAE for `teacher` as `settings` (SAESettings) say -> (sae, last record); writes
     out/ckpt.pt and out/log.jsonl. ValueError: see data.Run."""
     T = teacher.config.block_size
     rows, left = divmod(settings.batch_tokens, T * world.size)
@@ -324,7 +325,7 @@ def train_sae(settings, teacher, world):
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
     who = identity(settings, FREE, teacher=fingerprint(teacher), data=data.fingerprint())
     run = Run(settings.out, "sae", who, world, {"sae": sae, "optimizer": optimizer},
-              {"config": sae.config, "layer": settings.layer, "figures": {}})
+              {"config": sae.config, "layer": settings.layer})
     for step in run.steps(settings.steps, settings.save_interval, "SAE"):
         idx, _ = data.batch(data.numbers(step, rows, world.rank, world.size), world.device)
         with torch.no_grad(), world.autocast():
@@ -343,13 +344,12 @@ def train_sae(settings, teacher, world):
         sae.after_step(out, world)
         means = run.mean(left == 1, loss=out.loss, aux_loss=out.aux_loss, fvu=out.fvu)
         if left == 1:
-            run.ckpt["figures"] = evaluate_sae(teacher, sae, settings.layer,
-                                               Windows(settings.data, "val", T), world)
+            val = Windows(settings.data, "val", T)
+            means |= evaluate_sae(teacher, sae, settings.layer, val, world)
         if means:
             run.write(step=step + 1, tokens=(step + 1) * settings.batch_tokens, **means,
-                      dead_fraction=(sae.idle > sae.dead_after).float().mean().item(),
-                      **run.ckpt["figures"])
-    return sae.eval(), run.ckpt["figures"]
+                      dead_fraction=(sae.idle > sae.dead_after).float().mean().item())
+    return sae.eval(), run.ckpt["log"][-1]
 
 
 # ---- reading latents: the concept dictionary -----------------------------------------------------
@@ -380,7 +380,7 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strong
     places = torch.arange(idx.numel()).view(idx.shape)[:, 1:].repeat_interleave(sae.k)
     order = np.lexsort((places, -values, latents))  # by latent, its strongest first
     fired = torch.bincount(latents[values > 0], minlength=len(sae.decoder)).tolist()
-    entries, starts = [], np.searchsorted(latents[order], np.arange(len(fired)))
+    entries, starts = [], np.searchsorted(latents[order].numpy(), np.arange(len(fired)))
     text = torch.cat([idx, targets[:, -1:]], 1).flatten()
     frequency = torch.bincount(text, minlength=encoding.n_vocab) / len(text)
     for latent, (start, count) in enumerate(zip(starts, fired)):
@@ -406,7 +406,7 @@ def main():
         return world.print(f"SAE in {settings.out}: {train_sae(settings, teacher, world)[1]}")
     sae, layer, path = load_sae(settings.sae, teacher, world)
     windows = Windows(settings.data, "val", teacher.config.block_size, 0, teacher.config.vocab_size)
-    path, page = path.with_name("concepts.json"), PAGE * settings.sae.startswith("openai")
+    path, page = path.with_suffix(".concepts.json"), PAGE * settings.sae.startswith("openai")
     describe(teacher, sae, layer, windows, path, settings.tokens, page)
     world.print(f"{path}: {len(sae.decoder)} concepts")
 

@@ -60,7 +60,8 @@ def preset(args):
     return size | dict(
         mode=mode, out=f"out/{args.preset}/{mode}", data="data/openwebtext", block_size=1024,
         init_std=0.02, n_embd=width if plain else size["n_embd"], k_concepts=32, concept_weight=0.1,
-        eval_interval=500, eval_tokens=1 << 20, compile=True, sae="openai" if mode == "cocomix" else "",
+        eval_interval=500, eval_tokens=1 << 20, compile=True,
+        sae="openai" if mode == "cocomix" else "",
         teacher="gpt2" if mode in ("cocomix", "kd") else "")
 
 
@@ -154,7 +155,7 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
     loss, count, hits, possible, *seen = world.sum(total).tolist()
     figures = {"val_loss": loss / count}
     if labels:
-        guess = sum(sorted(seen)[-y.size(-1):])
+        guess = sum(sorted(seen)[-labels.shape[-1]:])
         figures |= {"label_hits": hits / possible, "label_guess": guess / possible}
     return figures
 
@@ -185,7 +186,8 @@ class Setup:
                     f"{T} of {V}: lower --block_size, or make teacher or data for the other")
         if settings.sae:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
-            n_concepts, dictionary = len(sae.decoder), str(path.with_name("concepts.json"))
+            n_concepts = len(sae.decoder)
+            dictionary = os.path.relpath(path.with_suffix(".concepts.json"), settings.out)
             self.who["sae"] = fingerprint(sae)
             rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by, world.bf16]
 
@@ -504,8 +506,9 @@ def first_report(out, ntp, cocomix, val):
         plot(rows, out / "curves.png")
     except ImportError:
         picture = "No picture of the curves: pip install matplotlib, and give the command again"
-    ckpt, encoding = load_checkpoint(out / "cocomix/ckpt.pt", "model"), get_tokenizer(val.meta)
-    entries, figures = load_dictionary(ckpt), ckpt["log"][-1]
+    path, encoding = out / "cocomix/ckpt.pt", get_tokenizer(val.meta)
+    ckpt = load_checkpoint(path, "model")
+    entries, figures = load_dictionary(path, ckpt), ckpt["log"][-1]
     numbers = sum(val.spread(32 * val.block_size), [])
     prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
     prompt = prompts[len(prompts) // 3]
@@ -521,7 +524,7 @@ def first_report(out, ntp, cocomix, val):
     return REPORT.format(
         table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
-        id=best["id"], words=in_words(best), rates=rates, ckpt=out / "cocomix/ckpt.pt",
+        id=best["id"], words=in_words(best), rates=rates, ckpt=path,
         steered=continued(cocomix, {best["id"]: 4.0}),
         prompt=shlex.quote(encoding.decode(prompt[:8].tolist())))
 
@@ -536,7 +539,8 @@ def pipeline(settings, world):
         data=settings.data, out=str(out / "sae"), layer=settings.sae_layer, k=settings.k_concepts,
         n_latents=settings.n_concepts, steps=settings.sae_steps, seed=settings.seed,
         batch_tokens=settings.batch_tokens, dtype=settings.dtype), ntp, world)
-    val, dictionary = Windows(settings.data, "val", settings.block_size), out / "sae/concepts.json"
+    val = Windows(settings.data, "val", settings.block_size)
+    dictionary = out / "sae/ckpt.concepts.json"
     if world.main and not dictionary.exists():
         describe(ntp, sae, settings.sae_layer, val, dictionary)
     cocomix, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
