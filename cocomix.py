@@ -56,7 +56,7 @@ class CoCoMixConfig:
     n_embd: int = 96  # D: width
     init_std: float = 0.05  # of matrices at the start; GPT-2's 0.02 is for wider models
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; or predicted only
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; z alone
     n_concepts: int = 512  # C: latents of the SAE that labels the tokens; a given --sae says
     k_concepts: int = 16  # K: concepts kept in TopK(z); in mode all also the SAE's
     concept_weight: float = 0.5  # of the concept loss in equation (5); 0.1 in the paper
@@ -265,7 +265,8 @@ class CoCoMix(nn.Module):
         mixed = self.config.n_concepts if self.config.mix == "concept" and self.concept.mixes else 0
         pushes = torch.zeros(mixed, device=idx.device) if steer else None
         for concept, strength in (steer or {}).items():
-            require(0 <= concept < mixed, f"no concept {concept} to steer: this model mixes {mixed}")
+            require(0 <= concept < mixed,
+                    f"no concept {concept} to steer: this model mixes {mixed}")
             pushes[concept] = strength
         past, new, seen = [[] for _ in self.h], idx, 0
         for _ in range(max_new_tokens):
@@ -458,9 +459,9 @@ def main():
     if settings.study:
         T = model.config.block_size
         text = Windows(ckpt["settings"]["data"], "val", T)
-        prompts = torch.cat([text.batch(numbers)[0] for numbers in text.spread(32 * T)])
+        prompts = text.batch(sum(text.spread(32 * T), []), device)[0][:, :T // 4]
         print("| strength | typical followers | with a random concept steered |\n|---|---|---|")
-        for row in study(model, prompts[:, :T // 4].to(device), load_dictionary(settings.ckpt, ckpt)):
+        for row in study(model, prompts, load_dictionary(settings.ckpt, ckpt)):
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
         return
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text

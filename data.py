@@ -126,8 +126,8 @@ def load_checkpoint(path, kind, mmap=False):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         require(ckpt["format"] == f"cocomix-2 {kind}", f"it is {ckpt['format']!r}")
     except Exception as e:  # torch has seven kinds
-        raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} ({e!r:.99}): "
-                         "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote") from e
+        raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} "
+                         f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote") from e
     return ckpt
 
 
@@ -268,7 +268,7 @@ def documents(source, shards=21):
         held_out = [root / "val.txt"]
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
-            while text := f.read(piece) + f.readline(piece):  # whole lines, if they are not too long
+            while text := f.read(piece) + f.readline(piece):  # whole lines
                 yield text, path in held_out if len(paths) > 1 else done > 0.95 * size
                 done += len(text.encode())
         yield EOT, path in held_out
@@ -280,7 +280,7 @@ def prepare(settings):
     source, meta = settings.source, GPT2
     out = Path(settings.out or f"data/{Path(source).expanduser().resolve().stem}")
     if source == "fineweb":
-        for number in [*range(1, settings.shards + 1), 0]:  # the validation shard last: all are there
+        for number in [*range(1, settings.shards + 1), 0]:  # validation last: then all are there
             url = FINEWEB.format("train" if number else "val", number)
             fetch(url, out / url.rpartition("/")[2])
         return out

@@ -7,7 +7,7 @@
 
 How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by attribution):
     r   = the teacher's residual stream after block `layer` (0-based)
-    a   = relu(TopK(W_enc (n - b_pre) + b_lat))              K active latents of C; n is r standardised
+    a   = relu(TopK(W_enc (n - b_pre) + b_lat))              K active of C; n is r standardised
     s_i = a_i * (g . W_dec_i),   g = dL/dr,   L = the teacher's next-token loss, summed over tokens
     labels = the 4 latents with the largest s_i
 s_i is, to first order, what latent i adds to L: a large s_i marks a concept whose presence *raises*
@@ -237,8 +237,8 @@ def load_teacher(name, world):
         teacher = load_hf(name)
     else:
         teacher = CoCoMix.from_checkpoint(load_checkpoint(name, "model", mmap=True))
-    require(teacher.config.mix == "none", f"{name} is a model of mix={teacher.config.mix}: a teacher is "
-            "a plain GPT, as `python train.py --mode ntp` trains one")
+    require(teacher.config.mix == "none", f"{name} is a model of mix={teacher.config.mix}: a "
+            "teacher is a plain GPT, as `python train.py --mode ntp` trains one")
     return teacher.to(world.device).eval().requires_grad_(False)
 
 
@@ -280,7 +280,7 @@ class SAESettings:
     seed: int = 0  # of initialisation and data order
     sae: str = ""  # describe: checkpoint of the SAE (sae.py), openai or openai:LAYER
     tokens: int = 262_144  # describe: validation tokens to read
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: bf16 on CUDA
 
 
@@ -316,8 +316,8 @@ def train_sae(settings, teacher, world):
     rows, left = divmod(settings.batch_tokens, T * world.size)
     require(rows and not left, f"--batch_tokens {settings.batch_tokens} is no multiple of "
             f"{world.size} processes x {T} tokens")
-    require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the teacher's "
-            f"blocks are 0 to {teacher.config.n_layer - 1}")
+    require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the "
+            f"teacher's blocks are 0 to {teacher.config.n_layer - 1}")
     data = Windows(settings.data, "train", T, settings.seed, teacher.config.vocab_size)
     torch.manual_seed(settings.seed)
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k,

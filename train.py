@@ -90,7 +90,7 @@ class TrainSettings(CoCoMixConfig):
     save_interval: int = 500  # steps between checkpoints; the last step is always saved
     sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile the step, for long runs on a GPU: the big presets do
 
@@ -300,8 +300,8 @@ def read_run(folder):
 
 
 def rows_of(folders):
-    """{row's name: {seed: log}} of finished runs, out/ntp_1 of seed 1 in row out/ntp_*. ValueError if
-    runs of a row differ in more than their seed, or if losses are not of the same tokens."""
+    """{row's name: {seed: log}} of finished runs, out/ntp_1 of seed 1 in row out/ntp_*. ValueError
+    if runs of a row differ in more than their seed, or if losses are not of the same tokens."""
     rows, kinds, logs = {}, {}, [read_run(folder) for folder in folders]
     for folder, log in zip(folders, logs):
         first, seed = log[0], log[0]["settings"]["seed"]
@@ -381,7 +381,7 @@ class EvalSettings:
     tasks: str = ""  # comma-separated tasks of lm-evaluation-harness (pip install lm-eval)
     limit: int = 0  # documents of each task, for a quick look; 0: all
     data: str = ""  # folder of tokens; empty: those that a checkpoint was trained on
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda where there is one, else cpu
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
 
 
