@@ -87,6 +87,8 @@ def run(main):
         main()
     except ImportError as e:
         sys.exit(f"error: {e}: pip install {e.name}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on")
     except OSError as e:
         sys.exit(f"error: {e}: free some space, or name files that can be read and written. What "
                  "was saved stays, and the same command goes on")
@@ -124,7 +126,7 @@ def load_checkpoint(path, kind, mmap=False):
     read when they are used. ValueError if it is missing, damaged, foreign, or of another kind."""
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        require(ckpt["format"] == f"cocomix-2 {kind}", f"it is {ckpt['format']!r}")
+        require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
     except Exception as e:  # torch has seven kinds
         raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} "
                          f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote") from e
@@ -262,10 +264,10 @@ def documents(source, shards=21):
     root, paths = text_files(source)
     paths.sort(key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
     ends = np.cumsum([p.stat().st_size for p in paths])
-    held_out, size, done = paths[:max(1, np.searchsorted(ends, ends[-1] / 20))], int(ends[-1]), 0
-    piece = min(1 << 20, size // 80 + 1)
+    held_out, size, done = paths[:np.searchsorted(ends, ends[-1] / 20)], int(ends[-1]), 0
+    held_out, piece = held_out or [min(paths, key=os.path.getsize)], min(1 << 20, size // 80 + 1)
     if {p.name for p in paths} == {"train.txt", "val.txt"}:
-        held_out = [root / "val.txt"]
+        held_out = [p for p in paths if p.name == "val.txt"]
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines
@@ -399,7 +401,7 @@ class World:
     whether it computes in bf16 (`dtype` bfloat16, or auto on CUDA; never fp16).
 
     NCCL reduces GPU tensors and gloo CPU ones, so that a small CPU tensor is reduced without
-    stalling the GPU."""
+    stalling the GPU. ValueError for a GPU that is not there."""
 
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -408,7 +410,9 @@ class World:
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and kind == "cuda"
         self.device = torch.device(kind)
         if kind == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            require(local < gpus, f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
+            torch.cuda.set_device(local)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if kind == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % of a step
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
@@ -445,7 +449,7 @@ class Run:
 
     def __init__(self, out, kind, identity, world, parts, more):
         self.out, self.world, self.parts = Path(out), world, parts
-        self.ckpt = {"format": f"cocomix-2 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
+        self.ckpt = {"format": f"cocomix-3 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
                      "log": [], **more}
         if (self.out / "ckpt.pt").exists():
             ckpt = load_checkpoint(self.out / "ckpt.pt", kind)

@@ -56,6 +56,7 @@ class TopKSAE(nn.Module):
 
     def __init__(self, n_embd, n_latents, k, k_aux=0, aux_weight=1 / 32, dead_after=10_000_000):
         super().__init__()
+        require(1 <= k <= n_latents, f"k={k} is not in 1 to n_latents={n_latents}")
         self.config = {"n_embd": n_embd, "n_latents": n_latents, "k": k, "dead_after": dead_after,
                        "k_aux": k_aux or n_embd // 2, "aux_weight": aux_weight}
         self.k, self.dead_after = k, dead_after

@@ -593,6 +593,11 @@ def test_a_folder_is_split_by_its_files_names_and_a_file_at_its_end(tmp_path):
     found = all_text(tmp_path / "d")
     assert set((found[False] + found[True]).split(EOT)[:-1]) == set(texts.values())
     assert 0.01 < len(found[True]) / len(found[False]) < 0.1
+    for i in range(6):
+        (tmp_path / f"two{i}").mkdir()
+        (tmp_path / f"two{i}/large{i}").write_text("text " * 900)
+        (tmp_path / f"two{i}/small{i}").write_text("more " * 100)
+        assert all_text(tmp_path / f"two{i}")[True] == "more " * 100 + EOT
     (tmp_path / "one.txt").write_bytes("".join(f"line {i}\n" for i in range(9000)).encode())
     found = all_text(tmp_path / "one.txt")
     assert found[False] + found[True] == (tmp_path / "one.txt").read_text() + EOT
@@ -718,7 +723,7 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     a_run(".", model=model).save()
     again = CoCoMix.from_checkpoint(load_checkpoint(path, "model"))
     assert torch.equal(again(tokens(1, T)).logits, model(tokens(1, T)).logits)
-    with pytest.raises(ValueError, match="kind sae.*cocomix-2 model"):
+    with pytest.raises(ValueError, match="kind sae.*cocomix-3 model"):
         load_checkpoint(path, "sae")
     whole = path.read_bytes()
     for bad in (whole[:len(whole) // 2], b"", b"hello", {"weight": torch.ones(2)}, [1], Hostile()):
@@ -788,7 +793,8 @@ def test_presets_are_the_papers(name, sizes, training, parameters):
     (["--mode", "cocomix"], "--teacher"), (["--mode", "kd"], "needs --teacher"),
     (["--mode", "ntp", "--sae", "x"], "others take none"), (["--steps", "0"], "above 0"),
     (["--mode", "cocomix", "--teacher", "x"], "needs an SAE"), (["--lr", "-1"], "above 0"),
-    (["--insert_layer", "6"], "blocks are 0 to 5"), (["--sae_layer", "6"], "blocks are 0 to 5")])
+    (["--insertion", "none"], "to steer"), (["--k_concepts", "600"], "<= n_concepts"),
+    (["--n_labels", "0"], "above 0"), (["--insert_layer", "6"], "blocks are 0 to 5"), (["--sae_layer", "6"], "blocks are 0 to 5")])
 def test_impossible_training_settings_are_refused(argv, words):
     with pytest.raises(ValueError, match=words):
         parse(TrainSettings, argv, preset)

@@ -95,9 +95,14 @@ class TrainSettings(CoCoMixConfig):
     compile: bool = False  # torch.compile the step, for long runs on a GPU: the big presets do
 
     def __post_init__(self):
-        least = min(self.steps, self.block_size, self.eval_interval, self.save_interval, self.lr)
+        least = min(self.steps, self.block_size, self.eval_interval, self.save_interval,
+                    self.n_labels, self.lr)
         require(least > 0, f"{least} is too little: --steps, --block_size, --eval_interval, "
-                "--save_interval and --lr must be above 0")
+                "--save_interval, --n_labels and --lr must be above 0")
+        counts = self.n_labels, self.k_concepts, self.n_concepts
+        require(self.mode != "all" or sorted(counts) == list(counts) and self.insertion != "none",
+                "--mode all needs n_labels <= k_concepts <= n_concepts, and concepts to steer, not "
+                "--insertion none")
         layers = {"ntp": (), "kd": (), "all": (self.insert_layer, self.sae_layer)}
         require(all(0 <= i < self.n_layer for i in layers.get(self.mode, (self.insert_layer,))),
                 f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
@@ -541,8 +546,7 @@ def pipeline(settings, world):
         batch_tokens=settings.batch_tokens, dtype=settings.dtype), ntp, world)
     val = Windows(settings.data, "val", settings.block_size)
     dictionary = out / "sae/ckpt.concepts.json"
-    if world.main and not dictionary.exists():
-        describe(ntp, sae, settings.sae_layer, val, dictionary)
+    world.first(lambda: dictionary.exists() or describe(ntp, sae, settings.sae_layer, val, dictionary))
     cocomix, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
     if world.main:
         text = first_report(out, ntp, cocomix, val)
@@ -565,7 +569,8 @@ def main():
     settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
     if name in KNOWN and settings.data == f"data/{name}":
-        world.first(lambda: Path(settings.data).exists() or prepare(DataSettings(name)))
+        there = Path(settings.data).glob("*val*.bin")  # the last file that is made
+        world.first(lambda: any(there) or prepare(DataSettings(name)))
     if settings.mode == "all":
         return pipeline(settings, world)
     _, log = train(settings, world)
