@@ -356,9 +356,9 @@ class Windows:
 
     def fingerprint(self):
         """16 hex digits that change with the shards' names, sizes and first megabytes."""
-        parts = [f"{p.name} {len(s)} ".encode() + s[:1 << 19].tobytes()
-                 for p, s in zip(self.paths, self.shards)]
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        return hashlib.sha256(b"".join(
+            f"{path.name} {len(shard)} ".encode() + shard[:1 << 19].tobytes()
+            for path, shard in zip(self.paths, self.shards))).hexdigest()[:16]
 
     def window(self, number):
         """Window `number` (0-based, file order): int64 (T+1,)."""

@@ -67,7 +67,8 @@ class TopKSAE(nn.Module):
         self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.int64))  # tokens
 
     def preactivations(self, r):
-        return F.linear(r - self.pre_bias, self.encoder, self.latent_bias)  # (..., C)
+        """Standardised r (..., D) -> (..., C), before the TopK and the ReLU."""
+        return F.linear(r - self.pre_bias, self.encoder, self.latent_bias)
 
     def encode(self, x):
         """x (..., D) -> values (..., K) fp32, largest first, and indices (..., K) int64."""
@@ -216,9 +217,9 @@ class Labels:
 
 def fingerprint(module):
     """16 hex digits of the SHA-256 of a module's tensors: which teacher, which SAE."""
-    data = b"".join(name.encode() + tensor.cpu().contiguous().numpy().tobytes()
-                    for name, tensor in sorted(module.state_dict().items()))
-    return hashlib.sha256(data).hexdigest()[:16]
+    return hashlib.sha256(b"".join(
+        name.encode() + tensor.cpu().contiguous().numpy().tobytes()
+        for name, tensor in sorted(module.state_dict().items()))).hexdigest()[:16]
 
 
 # ---- teachers and SAEs by name -------------------------------------------------------------------
@@ -388,8 +389,8 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strong
         best, snippets = order[start:start + min(count, strongest)], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):
             text, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
-            sides = text[max(0, t - around):t], [text[t]], text[t + 1:t + 1 + around]
-            snippets.append([*map(encoding.decode, sides), value])
+            parts = text[max(0, t - around):t], text[t:t + 1], text[t + 1:t + 1 + around]
+            snippets.append([*map(encoding.decode, parts), value])
         entries.append({"id": latent, "rate": count * sae.k / len(places), "snippets": snippets,
                         "tokens": typical(idx.flatten()[places[best]], frequency, encoding),
                         "next": typical(targets.flatten()[places[best]], frequency, encoding),
