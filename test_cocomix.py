@@ -908,10 +908,9 @@ def test_two_ranks_stop_together_on_sigterm(corpus, tmp_path):
     assert "stopped after step" in output and 0 < at < 3000, output
 
 
-@pytest.mark.parametrize("changes", [{"concept_weight": 1.0}, {"mode": "kd", "sae": ""}])
-def test_two_processes_are_one_process(corpus, trained, tmp_path, changes):
+def test_two_processes_are_one_process(corpus, trained, tmp_path):
     """8 rows a step as 2 ranks x 2 rows x 2 accumulated, and as 1 x 8 x 1: one run."""
-    s = settings(corpus, tmp_path / "one", **{**trained, **changes})
+    s = settings(corpus, tmp_path / "one", **trained, concept_weight=1.0)
     train(s, World("cpu"))
     done = launch(flags(replace(s, out=str(tmp_path / "two"), micro_batch=2)), processes=2)
     assert done.returncode == 0 and "2 passes x 2 rows of 16" in done.output, done.output
@@ -1203,9 +1202,8 @@ def student(corpus, trained, tmp_path_factory):
     """A trained student's checkpoint, with the concept dictionary of its SAE beside the SAE."""
     out = tmp_path_factory.mktemp("student")
     train(settings(corpus, out, **trained, steps=60), World("cpu"))
-    names = ["--sae", trained["sae"], "--teacher", trained["teacher"], "--data", corpus]
-    done = launch(["describe", *names], "sae.py")
-    assert done.returncode == 0, done.output
+    dictionary = Path(trained["sae"]).with_suffix(".concepts.json")
+    sae_module.describe(*opened(trained), 1, Windows(corpus, "val", T), dictionary)
     return str(out / "ckpt.pt")
 
 
