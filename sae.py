@@ -408,8 +408,8 @@ def main():
         return world.print(f"SAE in {settings.out}: {train_sae(settings, teacher, world)[1]}")
     sae, layer, path = load_sae(settings.sae, teacher, world)
     windows = Windows(settings.data, "val", teacher.config.block_size, 0, teacher.config.vocab_size)
-    path, page = path.with_suffix(".concepts.json"), PAGE * (settings.sae.partition(":")[0] == "openai")
-    describe(teacher, sae, layer, windows, path, settings.tokens, page)
+    path, public = path.with_suffix(".concepts.json"), settings.sae.partition(":")[0] == "openai"
+    describe(teacher, sae, layer, windows, path, settings.tokens, PAGE * public)
     world.print(f"{path}: {len(sae.decoder)} concepts")
 
 
