@@ -70,6 +70,9 @@ class CoCoMixConfig:
                 f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: change one")
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
+        require(self.mix == "none" or self.insertion == "interleave" or
+                self.mix == "concept" and not self.concept_residual,
+                f"insertion={self.insertion} is for mix='concept' without concept_residual")
         require(self.mix != "concept" or 1 <= self.k_concepts <= self.n_concepts,
                 f"k_concepts={self.k_concepts} is not in 1 to n_concepts={self.n_concepts}")
 
@@ -219,10 +222,8 @@ class CoCoMix(nn.Module):
         """Equation (4), or an ablation of it: h, c (B,T,D) -> (B,S,D)."""
         if self.config.insertion == "none":
             return h
-        added = (h + c).to(h.dtype)
-        if self.config.insertion == "add":
-            return added
-        return interleave(h, added if self.config.concept_residual else c.to(h.dtype).expand_as(h))
+        c = (h + c if self.config.concept_residual else c.expand_as(h)).to(h.dtype)
+        return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
     def hidden(self, idx, steer=None, past=None):
         """idx (B,T) -> h (B,T,D) after the last block, z (B,T,C) or None: equations (1) to (4)."""
@@ -260,14 +261,15 @@ class CoCoMix(nn.Module):
 
         temperature 0 is greedy; top_k keeps the likeliest tokens, 0 all. `steer` {concept:
         strength} moves concepts at every position (`ConceptLayer`). When block_size is reached the
-        second half of the text is read anew: a token costs the same on average. ValueError for a
-        concept that is not mixed in."""
+        second half of the text is read anew: a token costs the same on average. ValueError for an
+        empty prompt or a concept that is not mixed in."""
         mixed = self.config.n_concepts if self.config.mix == "concept" and self.concept.mixes else 0
         pushes = torch.zeros(mixed, device=idx.device) if steer else None
         for concept, strength in (steer or {}).items():
             require(0 <= concept < mixed,
                     f"no concept {concept} to steer: this model mixes {mixed}")
             pushes[concept] = strength
+        require(idx.size(1), "the prompt is empty: give at least one token")
         past, new, seen = [[] for _ in self.h], idx, 0
         for _ in range(max_new_tokens):
             if seen + new.size(1) > self.config.block_size:
@@ -350,6 +352,8 @@ def load_hf(path, config=None):
         raise ValueError(f"{path} is missing, damaged or no GPT-2 ({e!r:.200}): name a "
                          "model.safetensors or pytorch_model.bin, or download it again") from e
     if config is None:
+        require("pre_bias" not in found, f"{path} is a CoCoMix, which does not say its n_head, "
+                "insert_layer and k_concepts: give load_hf a CoCoMixConfig")
         layers = {name.split(".")[1] for name in found if name.startswith("h.")}
         config = CoCoMixConfig(mix="none", n_layer=len(layers), n_head=wte.size(1) // 64 or 1,
                                n_embd=wte.size(1), vocab_size=len(wte), block_size=len(wpe))

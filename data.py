@@ -443,7 +443,7 @@ class World:
 
 class Run:
     """A run in folder `out` that can be killed at any moment: the same call goes on from ckpt.pt,
-    the log.jsonl being cut back to there. `parts` {name: module or optimiser} are what trains;
+    and the next record cuts log.jsonl back to there. `parts` {name: module or optimiser} are what trains;
     `more` {name: plain value} goes into the checkpoint with them. ValueError for another run's
     folder."""
 

@@ -215,15 +215,18 @@ def test_steering_moves_a_logit_in_units_of_the_positions_largest():
 @pytest.mark.parametrize("changes,words", [
     ({"insert_layer": 4}, "insert_layer=4"), ({"insert_layer": -1}, "0 to 3"),
     ({"k_concepts": 65}, "k_concepts"), ({"n_head": 5}, "n_embd=32"), ({"mix": "stir"}, "stir"),
-    ({"insertion": "stir"}, "stir")])
+    ({"insertion": "stir"}, "stir"), ({"mix": "pause", "insertion": "add"}, "insertion"),
+    ({"insertion": "add", "concept_residual": True}, "insertion=add")])
 def test_impossible_models_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         CoCoMixConfig(**{**SMALL, **changes})
 
 
-def test_long_inputs_are_refused():
+def test_long_inputs_and_empty_prompts_are_refused():
     with pytest.raises(ValueError, match="block_size=16"):
         small()(tokens(1, T + 1))
+    with pytest.raises(ValueError, match="empty"):
+        small().generate(tokens(1, 0), 1)
 
 
 def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
@@ -293,6 +296,9 @@ def test_load_hf_infers_sizes_and_names_what_is_wrong(tmp_path):
     del tensors["ln_f.bias"]
     write_safetensors(path, tensors | {"extra": torch.ones(2), "h.1.ln_1.weight": torch.ones(7)})
     with pytest.raises(ValueError, match=r"ln_f.bias.*extra.*h.1.ln_1.weight"):
+        load_hf(path)
+    write_safetensors(path, hf_names(small(), "transformer."))
+    with pytest.raises(ValueError, match="does not say its n_head, insert_layer and k_concepts"):
         load_hf(path)
 
 
