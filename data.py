@@ -206,7 +206,7 @@ class DataSettings:
     """Turn text into a data set, or download one."""
     source: str  # a text file, a folder of them, or pystdlib, shakespeare, openwebtext, fineweb
     out: str = ""  # folder for it; empty: data/NAME
-    tokenizer: Literal["auto", "bpe", "gpt2"] = "auto"  # auto: gpt2 for the web texts, else bpe
+    tokenizer: str = "auto"  # bpe, gpt2, or a data set's folder: its own; auto: gpt2 for web texts
     vocab_size: int = 1024  # of bpe, which is trained on the text; 257: bytes alone
     shards: int = 21  # files to download, of fineweb (103, 100M tokens each) or openwebtext (21)
 
@@ -289,12 +289,15 @@ def prepare(settings):
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
-        if settings.tokenizer.replace("auto", KNOWN.get(source, "bpe")) == "bpe":
+        tokenizer = settings.tokenizer.replace("auto", KNOWN.get(source, "bpe"))
+        if tokenizer == "bpe":
             sample = [text for text, held_out in islice(documents(source), 2000) if not held_out]
             text = "".join(sample).replace(EOT, "")[:1 << 25]
             merged = train_bpe(text, settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
+        elif tokenizer != "gpt2":
+            meta = json.loads(Path(tokenizer, "meta.json").read_text("utf-8"))
         encoding, texts = get_tokenizer(meta), documents(source, settings.shards)
         with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val:
             while batch := list(islice(texts, 256)):

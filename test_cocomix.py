@@ -623,6 +623,10 @@ def test_prepare_writes_every_token_and_keeps_to_its_own_folder(tmp_path, monkey
         ids = np.fromfile(out / f"{split}.bin", "<u2").tolist()
         assert get_tokenizer(meta).decode(ids) == found[split == "val"]
         assert meta["tokens"][split] == len(ids) and max(ids) < meta["vocab_size"] <= 300
+    Path("u.txt").write_text("a rat ran and ran\n" * 900)
+    again = prepare(DataSettings("u.txt", tokenizer=str(out)))  # for a teacher of the first text
+    assert json.loads((again / "meta.json").read_text("utf-8"))["merged"] == meta["merged"]
+    assert get_tokenizer(meta).decode(Windows(again, "train", 8).window(0).tolist())[:5] == "a rat"
     (out / "val.bin").write_bytes((out / "val.bin").read_bytes()[:-2])
     with pytest.raises(ValueError, match="make it again"):
         Windows(out, "val", T)
@@ -631,7 +635,7 @@ def test_prepare_writes_every_token_and_keeps_to_its_own_folder(tmp_path, monkey
                           ("empty", "data.py PATH")):
         with pytest.raises(ValueError, match=words):
             prepare(DataSettings(source))
-    assert os.listdir("data") == ["t"] and out == Path("data/t")
+    assert sorted(os.listdir("data")) == ["t", "u"] and out == Path("data/t")
 
 
 def test_the_default_corpus_is_the_standard_library_without_tests_and_tables():
