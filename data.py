@@ -29,7 +29,7 @@ import traceback
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
 from itertools import islice
@@ -136,8 +136,8 @@ def load_checkpoint(path, kind, mmap=False):
 def identity(settings, free, **more):
     """What makes two runs the same: settings off their defaults, without those in `free`, and
     `more`. A fork that adds a setting can so go on with older runs."""
-    chosen = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in free}
-    return {k: v for k, v in chosen.items() if v != getattr(type(settings), k)} | more
+    return {k: v for k, v in vars(settings).items()
+            if k not in free and v != getattr(type(settings), k)} | more
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
