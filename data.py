@@ -446,9 +446,9 @@ class World:
 
 class Run:
     """A run in folder `out` that can be killed at any moment: the same call goes on from ckpt.pt,
-    and the next record cuts log.jsonl back to there. `parts` {name: module or optimiser} are what trains;
-    `more` {name: plain value} goes into the checkpoint with them. ValueError for another run's
-    folder."""
+    and the next record cuts log.jsonl back to there. `parts` {name: module or optimiser} are what
+    trains; `more` {name: plain value} goes into the checkpoint with them. ValueError for another
+    run's folder."""
 
     def __init__(self, out, kind, identity, world, parts, more):
         self.out, self.world, self.parts = Path(out), world, parts
@@ -462,9 +462,9 @@ class Run:
             require(not differ, f"{out} holds another run ({'; '.join(differ)}): name another "
                     "--out")
             for name, part in parts.items():
-                part.load_state_dict(ckpt[name])
-            self.ckpt.update(step=ckpt["step"], seconds=ckpt["seconds"], log=ckpt["log"])
-        self.sums, self.since, self.clock = {}, 0, time.perf_counter()
+                part.load_state_dict(ckpt.pop(name))
+            self.ckpt = ckpt | more
+        self.losses, self.clock = [], time.perf_counter()  # since the last record
 
     def write(self, **record):
         """Add a line to log.jsonl. The time since `mean`, say of a validation, is not counted."""
@@ -500,25 +500,25 @@ class Run:
         """Take note of a step's losses () -> every tenth step, before saving, and if `now`: their
         means over all ranks and the steps since the last time, with steps `per_second`; else {}.
         ValueError where they are not finite: the last checkpoint stays."""
-        self.sums = {name: loss.detach() + self.sums.get(name, 0) for name, loss in losses.items()}
-        self.since += 1
+        self.losses.append(torch.stack(list(losses.values())).detach())
         if not (now or self.now):
             return {}
-        means = self.world.sum(torch.stack([*self.sums.values()])) / (self.world.size * self.since)
-        means, elapsed = dict(zip(self.sums, means.tolist())), time.perf_counter() - self.clock
+        steps = len(self.losses)
+        means = self.world.sum(sum(self.losses)) / (self.world.size * steps)
+        means = dict(zip(losses, means.tolist()))
+        elapsed = time.perf_counter() - self.clock  # after tolist, which waits for the GPU
         require(np.isfinite([*means.values()]).all(), f"{means} by step {self.ckpt['step']}: lower "
                 f"--lr. The last checkpoint stays in {self.out}")
-        means["per_second"] = self.since / elapsed
         self.ckpt["seconds"] += elapsed
-        self.sums, self.since = {}, 0
-        return means
+        self.losses = []
+        return means | {"per_second": steps / elapsed}
 
     def save(self):
         """Write ckpt.pt: tensors and plain types, so that weights_only=True loads it."""
-        parts = {name: part.state_dict() for name, part in self.parts.items()}
         if self.world.main:
+            parts = {name: part.state_dict() for name, part in self.parts.items()}
             with atomic(self.out / "ckpt.pt") as tmp:
-                torch.save({**self.ckpt, **parts}, tmp)
+                torch.save(self.ckpt | parts, tmp)
 
 
 if __name__ == "__main__":
