@@ -312,12 +312,6 @@ def prepare(settings):
 
 # ---- tokens to batches ---------------------------------------------------------------------------
 
-def read_meta(folder):
-    """A data set's meta.json; without one (FineWeb, nanoGPT) the tokens are GPT-2's."""
-    path = Path(folder) / "meta.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else dict(GPT2)
-
-
 def open_shard(path):
     """A file of uint16 tokens, memory-mapped. ValueError if it is cut short or foreign: it begins
     with llm.c's header, or is train.bin or val.bin, which may come without (nanoGPT's)."""
@@ -341,11 +335,12 @@ class Windows:
 
     def __init__(self, folder, split, block_size, seed=0, vocab_size=None):
         self.block_size, self.seed = block_size, seed
-        self.paths, self.meta = sorted(Path(folder).glob(f"*{split}*.bin")), read_meta(folder)
+        self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
         require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
+        self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
         self.shards, V = [open_shard(p) for p in self.paths], self.meta["vocab_size"]
-        self.ends = np.cumsum([len(s) // (block_size + 1) for s in self.shards])  # windows so far
+        self.starts = np.cumsum([0, *(len(s) // (block_size + 1) for s in self.shards)])  # windows
         count = sum(map(len, self.shards))
         promised = self.meta.get("tokens", {}).get(split, count)
         require(count == promised and len(self), f"{folder} has {count:,} {split} tokens of "
@@ -355,7 +350,7 @@ class Windows:
                 f"{vocab_size}: they must be the same")
 
     def __len__(self):
-        return int(self.ends[-1])
+        return int(self.starts[-1])
 
     def fingerprint(self):
         """16 hex digits that change with the shards' names, sizes and first megabytes."""
@@ -365,8 +360,8 @@ class Windows:
 
     def window(self, number):
         """Window `number` (0-based, file order): int64 (T+1,)."""
-        shard = int(np.searchsorted(self.ends, number, side="right"))
-        start = (number - (self.ends[shard - 1] if shard else 0)) * (self.block_size + 1)
+        shard = np.searchsorted(self.starts, number, side="right") - 1
+        start = (number - self.starts[shard]) * (self.block_size + 1)
         tokens = self.shards[shard][start:start + self.block_size + 1]
         require(tokens.max() < self.meta["vocab_size"], f"{self.paths[shard]} holds token "
                 f"{tokens.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
