@@ -382,7 +382,7 @@ class Windows:
         if torch.device(device).type == "cuda":  # pinned afresh: an older copy may still be reading
             windows = windows.pin_memory()
         windows = windows.to(device, non_blocking=True)
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+        return windows[:, :-1], windows[:, 1:]
 
     def spread(self, tokens, rank=0, world=1, rows=16):
         """A fixed set of about `tokens` tokens (0: all) spread over the split: this rank's share of
