@@ -25,7 +25,6 @@ import signal
 import sys
 import tarfile
 import time
-import traceback
 import urllib.request
 from collections import Counter
 from contextlib import contextmanager
@@ -93,8 +92,8 @@ def run(main):
         sys.exit(f"error: {e}: free some space, or name files that can be read and written. What "
                  "was saved stays, and the same command goes on")
     except ValueError as e:
-        if Path(traceback.extract_tb(e.__traceback__)[-1].filename).parent != Path(__file__).parent:
-            raise
+        if Path(inspect.trace()[-1].filename).parent != Path(__file__).parent:
+            raise  # not by us: a bug
         sys.exit(f"error: {e}")
     finally:
         if dist.is_initialized():
