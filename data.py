@@ -106,18 +106,16 @@ def run(main):
 def atomic(path):
     """`with atomic(path) as tmp`: the file or folder that is written to tmp becomes `path` in one
     step, or path stays as it was. OSError where that cannot be."""
-    path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(tmp, ignore_errors=True)  # of a call that was killed
+    folder = Path(f"{path}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
+    folder.mkdir(parents=True)
     try:
-        yield tmp
-        os.replace(tmp, path)
+        yield folder / folder.name
+        os.replace(folder / folder.name, path)
     except RuntimeError as e:  # of torch, on a full disk
         raise OSError(f"{path} could not be made ({e})") from e
     finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-        tmp.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(path, kind, mmap=False):
