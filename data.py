@@ -226,43 +226,44 @@ def fetch(url, path="", sha256=None):
 
 
 def text_files(source):
-    """(folder, its text files) of pystdlib, shakespeare, a file or a folder."""
-    root, pattern, skip = Path(source).expanduser(), "*", set()
+    """The text files of pystdlib, shakespeare, a file or a folder, in the order of their names'
+    hashes."""
+    root, pattern, skip = Path(source), "*", set()
     if source == "shakespeare":
         root = fetch(SHAKESPEARE)
     if source == "pystdlib":
         root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
-    paths = [p for p in sorted(root.rglob(pattern)) or [root] if p.is_file() and not
+    paths = [p for p in list(root.rglob(pattern)) or [root] if p.is_file() and not
              skip & set(p.relative_to(root).parts) and b"\0" not in open(p, "rb").read(8192)]
     require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
-    return root, paths
+    return sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
 
 
 def openwebtext(shards):
-    """Yield (text, held out) of OpenWebText's documents; held out is every 2000th."""
-    texts = 0
+    """Yield OpenWebText's documents."""
     for number in range(shards):
         outer = tarfile.open(fetch(OPENWEBTEXT.format(number)))
         for packed in filter(tarfile.TarInfo.isfile, outer):
             inner = tarfile.open(fileobj=outer.extractfile(packed))
             for file in filter(tarfile.TarInfo.isfile, inner):
                 text = inner.extractfile(file).read().decode("utf-8", "replace")
-                texts += 1
-                yield re.sub("\n\n\n+", "\n\n", text).strip() + EOT, texts % 2000 == 0
+                yield re.sub("\n\n\n+", "\n\n", text).strip() + EOT
 
 
 def documents(source, shards=21):
     """Yield (text, held out) of any source in pieces; <|endoftext|> ends a document. Held out are 5
-    % of the text: a file's end, or the files of a folder whose names hash lowest."""
+    % of the text: a file's end, or the files of a folder whose names hash lowest; of OpenWebText
+    every 2000th document."""
     if source == "openwebtext":
-        yield from openwebtext(shards)
+        for number, text in enumerate(openwebtext(shards), 1):
+            yield text, number % 2000 == 0
         return
-    root, paths = text_files(source)
-    paths.sort(key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
+    paths = text_files(source)
     ends = np.cumsum([p.stat().st_size for p in paths])
-    held_out, size, done = paths[:np.searchsorted(ends, ends[-1] / 20)], int(ends[-1]), 0
-    held_out, piece = held_out or [min(paths, key=os.path.getsize)], min(1 << 20, size // 80 + 1)
+    size, done = int(ends[-1]), 0  # bytes
+    piece = min(1 << 20, size // 80 + 1)
+    held_out = paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)]
     if {p.name for p in paths} == {"train.txt", "val.txt"}:
         held_out = [p for p in paths if p.name == "val.txt"]
     for path in paths:
@@ -277,20 +278,20 @@ def prepare(settings):
     """Make the data set that `settings` (DataSettings) describe -> its folder. ValueError for a
     source that is missing or too short, or if the folder is there."""
     source, meta = settings.source, GPT2
-    out = Path(settings.out or f"data/{Path(source).expanduser().resolve().stem}")
+    out = Path(settings.out or f"data/{Path(source).resolve().stem}")
     if source == "fineweb":
         for number in [*range(1, settings.shards + 1), 0]:  # validation last: then all are there
             url = FINEWEB.format("train" if number else "val", number)
-            fetch(url, out / url.rpartition("/")[2])
+            fetch(url, out / Path(url).name)
         return out
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
         tokenizer = settings.tokenizer.replace("auto", KNOWN.get(source, "bpe"))
         if tokenizer == "bpe":
-            sample = [text for text, held_out in islice(documents(source), 2000) if not held_out]
-            text = "".join(sample).replace(EOT, "")[:1 << 25]
-            merged = train_bpe(text, settings.vocab_size)
+            sample = islice(documents(source), 2000)
+            text = "".join(text for text, held_out in sample if not held_out).replace(EOT, "")
+            merged = train_bpe(text[:1 << 25], settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
         elif tokenizer != "gpt2":
