@@ -67,8 +67,8 @@ def parse(cls, argv=None, presets=None, skip=()):
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, Literal: {"choices": inner},
                  tuple: {"type": inner and inner[0], "nargs": "+"}}
         kind = kinds.get(get_origin(f.type) or f.type, {"type": f.type})
-        default = {} if f.default is MISSING else {"default": f.default}
-        parser.add_argument("--" * len(default) + f.name, **kind, **default,
+        name = f.name if f.default is MISSING else f"--{f.name}"
+        parser.add_argument(name, **kind, default=f.default,
                             help=comments.get(f.name, "").replace("%", "%%"))
     if presets:
         parser.set_defaults(**presets(parser.parse_known_args(argv)[0]))
