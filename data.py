@@ -126,7 +126,8 @@ def load_checkpoint(path, kind, mmap=False):
         require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
     except Exception as e:  # torch has seven kinds
         raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} "
-                         f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote") from e
+                         f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) "
+                         "wrote") from e
     return ckpt
 
 
@@ -407,15 +408,16 @@ class World:
         self.device = torch.device(kind)
         if kind == "cuda":
             local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            require(local < gpus, f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
+            require(local < gpus,
+                    f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
             torch.cuda.set_device(local)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
         if kind == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % of a step
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        if self.size > 1 and not dist.is_initialized():  # rank 0 may be downloading for hours
-            backends = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-            dist.init_process_group(backends, timeout=timedelta(days=2))
+        if self.size > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+                                    timeout=timedelta(days=2))  # rank 0 may download for hours
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
