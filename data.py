@@ -2,7 +2,7 @@
 
   python data.py pystdlib                      # the Python standard library -> data/pystdlib
   python data.py notes.txt --tokenizer gpt2    # one text file -> data/notes
-  python data.py ~/books --vocab_size 4096     # a folder of text files, or of train.txt and val.txt
+  python data.py ~/books --vocab_size 4096     # a folder of text files; val.txt is held out
   python data.py fineweb --shards 10           # downloads: fineweb, openwebtext, shakespeare
 
 A data set is a folder of train.bin and val.bin (uint16 tokens, nanoGPT's format) and a meta.json
@@ -253,9 +253,9 @@ def openwebtext(shards):
 
 
 def documents(source, shards=21):
-    """Yield (text, held out) of any source in pieces; <|endoftext|> ends a document. Held out are 5
-    % of the text: a file's end, or the files of a folder whose names hash lowest; of OpenWebText
-    every 2000th document."""
+    """Yield (text, held out) of any source in pieces; <|endoftext|> ends a document. Held out are a
+    folder's val.txt, or 5 % of the text: a file's end, or the files of a folder whose names hash
+    lowest; of OpenWebText every 2000th document."""
     if source == "openwebtext":
         for number, text in enumerate(openwebtext(shards), 1):
             yield text, number % 2000 == 0
@@ -264,9 +264,8 @@ def documents(source, shards=21):
     ends = np.cumsum([p.stat().st_size for p in paths])
     size, done = int(ends[-1]), 0  # bytes
     piece = min(1 << 20, size // 80 + 1)
-    held_out = paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)]
-    if {p.name for p in paths} == {"train.txt", "val.txt"}:
-        held_out = [p for p in paths if p.name == "val.txt"]
+    held_out = ([p for p in paths if p.name == "val.txt"] or
+                paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)])
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines
