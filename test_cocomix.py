@@ -802,7 +802,7 @@ def test_presets_are_the_papers(name, sizes, training, parameters):
 @pytest.mark.parametrize("argv,words", [
     (["--mode", "cocomix"], "--teacher"), (["--mode", "kd"], "needs --teacher"),
     (["--mode", "ntp", "--sae", "x"], "others take none"), (["--steps", "0"], "above 0"),
-    (["--mode", "cocomix", "--teacher", "x"], "needs an SAE"), (["--lr", "-1"], "above 0"),
+    (["--mode", "cocomix", "--teacher", "x"], "needs both"), (["--lr", "-1"], "above 0"),
     (["--insertion", "none"], "to steer"), (["--k_concepts", "600"], "<= n_concepts"),
     (["--n_labels", "0"], "above 0"), (["--insert_layer", "6"], "blocks are 0 to 5"), (["--sae_layer", "6"], "blocks are 0 to 5")])
 def test_impossible_training_settings_are_refused(argv, words):

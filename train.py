@@ -99,17 +99,18 @@ class TrainSettings(CoCoMixConfig):
                     self.n_labels, self.lr)
         require(least > 0, f"{least} is too little: --steps, --block_size, --eval_interval, "
                 "--save_interval, --n_labels and --lr must be above 0")
-        counts = self.n_labels, self.k_concepts, self.n_concepts
-        require(self.mode != "all" or sorted(counts) == list(counts) and self.insertion != "none",
+        require(self.mode != "all" or self.insertion != "none"
+                and self.n_labels <= self.k_concepts <= self.n_concepts,
                 "--mode all needs n_labels <= k_concepts <= n_concepts, and concepts to steer, not "
                 "--insertion none")
         layers = {"ntp": (), "kd": (), "all": (self.insert_layer, self.sae_layer)}
         require(all(0 <= i < self.n_layer for i in layers.get(self.mode, (self.insert_layer,))),
                 f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
-        require(self.mode not in ("cocomix", "kd") or self.teacher, f"--mode {self.mode} needs "
-                "--teacher: a checkpoint of `python train.py --mode ntp`, or gpt2")
-        require((self.mode == "cocomix") == bool(self.sae), f"--mode {self.mode} and --sae "
-                f"{self.sae!r}: mode cocomix needs an SAE, others take none")
+        require(bool(self.teacher) == (self.mode in ("cocomix", "kd"))
+                and bool(self.sae) == (self.mode == "cocomix"),
+                f"--mode {self.mode}, --teacher {self.teacher!r}, --sae {self.sae!r}: cocomix needs "
+                "both, gpt2 and openai or checkpoints of --mode ntp and of sae.py, kd needs "
+                "--teacher, others take none")
 
 
 # What does not change what a run learns; the teacher, SAE and data are known by their fingerprints.
