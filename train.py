@@ -540,14 +540,14 @@ def pipeline(settings, world):
     out = Path(settings.out)
     names = {"teacher": str(out / "ntp/ckpt.pt"), "sae": str(out / "sae/ckpt.pt")}
     ntp, _ = train(replace(settings, mode="ntp", out=str(out / "ntp")), world)
-    ntp.requires_grad_(False)
     sae, _ = train_sae(SAESettings(
         data=settings.data, out=str(out / "sae"), layer=settings.sae_layer, k=settings.k_concepts,
         n_latents=settings.n_concepts, steps=settings.sae_steps, seed=settings.seed,
         batch_tokens=settings.batch_tokens, dtype=settings.dtype), ntp, world)
     val = Windows(settings.data, "val", settings.block_size)
     dictionary = out / "sae/ckpt.concepts.json"
-    world.first(lambda: dictionary.exists() or describe(ntp, sae, settings.sae_layer, val, dictionary))
+    world.first(lambda: dictionary.exists() or
+                describe(ntp, sae, settings.sae_layer, val, dictionary))
     cocomix, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
     if world.main:
         text = first_report(out, ntp, cocomix, val)
