@@ -22,7 +22,6 @@ import json
 import math
 import os
 import re
-import shlex
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -498,8 +497,8 @@ that begins a word. Of all that follows 32 held-out texts, its typical followers
 
 Try next:
 
-    python cocomix.py {ckpt} --prompt {prompt} --inspect
-    python cocomix.py {ckpt} --prompt {prompt} --steer {id}=+2
+    python cocomix.py {ckpt} --prompt "for " --inspect
+    python cocomix.py {ckpt} --prompt "for " --steer {id}=+2
     python cocomix.py {ckpt} --study
 """
 
@@ -517,11 +516,10 @@ def first_report(out, ntp, cocomix, val):
     entries, figures = load_dictionary(path, ckpt), ckpt["log"][-1]
     numbers = sum(val.spread(32 * val.block_size), [])
     prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
-    prompt = prompts[len(prompts) // 3]
 
     def continued(model, steer=None):
         generator = torch.Generator(prompts.device).manual_seed(1)
-        new = model.generate(prompt[None], 60, 0.7, 50, steer, generator)
+        new = model.generate(prompts[len(prompts) // 3, None], 60, 0.7, 50, steer, generator)
         return encoding.decode(new[0].tolist())
     typical = steerable(entries, 20)
     best = next((entry for entry in typical if entry["next"][0][1][0] == " "), typical[0])
@@ -531,8 +529,7 @@ def first_report(out, ntp, cocomix, val):
         table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
         id=best["id"], words=in_words(best), rates=rates, ckpt=path,
-        steered=continued(cocomix, {best["id"]: 4.0}),
-        prompt=shlex.quote(encoding.decode(prompt[:8].tolist())))
+        steered=continued(cocomix, {best["id"]: 4.0}))
 
 
 def pipeline(settings, world):
