@@ -368,13 +368,12 @@ def plot(rows, path):
     for name, logs in rows.items():
         curves = [[r for r in log if "val_loss" in r] for log in logs.values()]
         tokens = [r["tokens"] for r in curves[0]]
-        losses = [[r["val_loss"] for r in column] for column in zip(*curves)]
-        axes.plot(tokens, list(map(mean, losses)), label=f"{name} ({len(logs)})")
-        axes.fill_between(tokens, list(map(min, losses)), list(map(max, losses)), alpha=0.2)
+        losses = torch.tensor([[r["val_loss"] for r in curve] for curve in curves])
+        axes.plot(tokens, losses.mean(0), label=f"{name} ({len(logs)})")
+        axes.fill_between(tokens, losses.amin(0), losses.amax(0), alpha=0.2)
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    with atomic(path) as tmp:
-        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 # ---- python train.py eval: finished models, and GPT-2 --------------------------------------------
