@@ -346,16 +346,17 @@ def compare(rows):
              "|---" * 9 + "|"]
     for name, logs in rows.items():
         first, ends = next(iter(logs.values()))[0], [log[-1] for log in logs.values()]
-        pairs = [(log, rows[baseline][s][-1]) for s, log in logs.items() if s in rows[baseline]]
-        gaps = [log[-1]["val_loss"] - end["val_loss"] for log, end in pairs if name != baseline]
+        pairs = [(log, rows[baseline][seed][-1]) for seed, log in logs.items()
+                 if seed in rows[baseline] and name != baseline]
+        gaps = [log[-1]["val_loss"] - end["val_loss"] for log, end in pairs]
         reached = [(tokens_to(end["val_loss"], log), end["tokens"]) for log, end in pairs]
-        saved = [100 - 100 * t / whole for t, whole in reached if t and name != baseline]
+        saved = [100 - 100 * t / whole for t, whole in reached if t]
         cells = [name, len(logs), f"{first['parameters']:,}", f"{ends[0]['tokens']:,}",
                  f"{first['flops_per_token'] * ends[0]['tokens']:.2e}",
                  f"{mean(end['seconds'] for end in ends):.0f}",
                  plus_minus([end["val_loss"] for end in ends], ".4f"),
-                 plus_minus(gaps, "+.4f", len(gaps)), plus_minus(saved, ".1f")]
-        cells[-1] += f" ({len(saved)} of {len(gaps)})" * (len(saved) < len(gaps))
+                 plus_minus(gaps, "+.4f", len(gaps)), plus_minus(saved, ".1f") +
+                 f" ({len(saved)} of {len(gaps)})" * (len(saved) < len(gaps))]
         table.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(table)
 
