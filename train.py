@@ -391,24 +391,21 @@ class EvalSettings:
 
 
 @torch.no_grad()
-def score(model, pairs, world):
-    """log p(continuation | context) of `pairs` (context ids, continuation ids), and whether it is
-    what greedy decoding gives: a float64 tensor (N,2). Shared by all ranks; texts are cut to a
-    block on the left."""
-    scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
-    for i in range(world.rank, len(pairs), world.size):
-        ids = [*pairs[i][0], *pairs[i][1]][-model.config.block_size - 1:]
-        n = min(len(pairs[i][1]), len(ids) - 1)
-        ids = torch.tensor([ids], device=world.device)
-        with world.autocast():
-            log_p = model(ids[:, :-1]).logits[0, -n:].float().log_softmax(-1)  # (n,V)
-        scores[i, 0] = log_p.gather(-1, ids[0, -n:, None]).sum()
-        scores[i, 1] = (log_p.argmax(-1) == ids[0, -n:]).all()
-    return world.sum(scores)
+def score(model, context, continuation, world):
+    """log p(continuation | context), two lists of ids that are cut to a block on the left, and
+    whether it is what greedy decoding gives."""
+    ids = torch.tensor([*context, *continuation], device=world.device)
+    ids = ids[-model.config.block_size - 1:]
+    targets = ids[1:][-len(continuation):]
+    with world.autocast():
+        logits = model(ids[None, :-1]).logits[0, -len(targets):]
+    log_p = logits.float().log_softmax(-1)  # (n,V)
+    greedy = (log_p.argmax(-1) == targets).all()
+    return log_p.gather(-1, targets[:, None]).sum().item(), greedy.item()
 
 
 def harness(model, encoding, world):
-    """`model` as lm-evaluation-harness sees one; every rank asks for all, `score` shares it out."""
+    """`model` as lm-evaluation-harness sees one."""
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 
@@ -416,19 +413,18 @@ def harness(model, encoding, world):
         eot_token_id = encoding.eot_token
         generate_until = None  # the paper's tasks only score
 
-        def tok_encode(self, string, add_special_tokens=None, **_):
+        def tok_encode(self, string, **_):
             return encoding.encode(string, allowed_special="all")
 
         def _loglikelihood_tokens(self, requests, **_):
-            scores = score(model, [pair for _, *pair in requests], world)
-            return [(log_p, greedy == 1) for log_p, greedy in scores.tolist()]
+            return [score(model, *pair, world) for _, *pair in requests]
 
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        def loglikelihood_rolling(self, requests, **_):
             totals, T = [], model.config.block_size
             for ids in (self.tok_encode(request.args[0]) for request in requests):
                 windows = utils.get_rolling_token_windows(ids, encoding.eot_token, T, 1)
-                pairs = list(map(utils.make_disjoint_window, windows))
-                totals.append(score(model, pairs, world)[:, 0].sum().item())
+                pairs = map(utils.make_disjoint_window, windows)
+                totals.append(sum(score(model, *pair, world)[0] for pair in pairs))
             return totals
 
     return Harness()
