@@ -440,24 +440,22 @@ def open_model(name, world):
 
 
 def evaluate_models(settings, world):
-    """The command `train.py eval`: prints a Markdown table, a row as soon as it is known."""
-    world.print("| model | data or task | metric | value |\n|---|---|---|---|")
+    """The command `train.py eval`: prints a row of a Markdown table for each model, and the
+    harness's own table of the tasks."""
+    world.print("| model | validation data | loss | perplexity |\n|---|---|---|---|")
     for name in settings.ckpts:
         model, vocabulary, folder = open_model(name, world)
-        folder, results = settings.data or folder, {}
+        folder = settings.data or folder
         if folder:
             windows = Windows(folder, "val", model.config.block_size, 0, vocabulary["vocab_size"])
             loss = evaluate(model, windows, world)["val_loss"]
-            results[folder] = {"loss": loss, "perplexity": math.exp(loss)}
+            world.print(f"| {name} | {folder} | {loss:.4f} | {math.exp(loss):.4f} |")
         if settings.tasks:
-            from lm_eval import simple_evaluate
-            lm = harness(model, get_tokenizer(vocabulary), world)
-            results |= simple_evaluate(lm, tasks=settings.tasks.split(","), log_samples=False,
-                                       limit=settings.limit or None)["results"]
-        for task, metrics in results.items():
-            for metric, value in metrics.items():
-                if isinstance(value, float):
-                    world.print(f"| {name} | {task} | {metric} | {value:.4f} |")
+            from lm_eval import simple_evaluate, utils
+            results = simple_evaluate(
+                harness(model, get_tokenizer(vocabulary), world), log_samples=False,
+                tasks=settings.tasks.split(","), limit=settings.limit or None)
+            world.print(f"\n{name}:\n\n{utils.make_table(results)}")
 
 
 # ---- mode all: the whole method ------------------------------------------------------------------
