@@ -1026,7 +1026,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
     train(settings(corpus, tmp_path / "pause", mode="pause", steps=1), World("cpu"))
     numbered(tmp_path / "words", [400], vocab=500)
     for changes, words in (
-            (dict(micro_batch=3), "take 96"), (dict(block_size=32), "reads 16 tokens"),
+            (dict(micro_batch=3), "1 processes x 3 rows x 16"), (dict(block_size=32), "reads 16 tokens"),
             (dict(data=str(tmp_path / "words")), "vocabulary of 257"),
             (dict(teacher=str(tmp_path / "other/ckpt.pt")), "another teacher"),
             (dict(teacher=str(tmp_path / "pause/ckpt.pt")), "plain GPT"),

@@ -173,11 +173,10 @@ class Setup:
     def __init__(self, settings, world):
         T = settings.block_size
         self.rows = settings.micro_batch or max(1, settings.batch_tokens // (T * world.size))
-        self.passes = max(1, settings.batch_tokens // (T * world.size * self.rows))
-        whole = self.passes * self.rows * T * world.size
-        require(settings.batch_tokens == whole, f"--batch_tokens {settings.batch_tokens} is not "
-                f"{world.size} processes x {self.passes} passes x {self.rows} rows x {T} tokens: "
-                f"take {whole}, or another --micro_batch")
+        self.passes, left = divmod(settings.batch_tokens, T * world.size * self.rows)
+        require(self.passes > 0 and not left, f"--batch_tokens {settings.batch_tokens} is no "
+                f"multiple of {world.size} processes x {self.rows} rows x {T} tokens: change it or "
+                "--micro_batch")
         self.data = Windows(settings.data, "train", T, settings.seed)
         self.val = Windows(settings.data, "val", T)
         self.teacher = self.labels = self.val_labels = None
