@@ -181,7 +181,11 @@ class Setup:
         self.val = Windows(settings.data, "val", T)
         self.teacher = self.labels = self.val_labels = None
         self.who = {"data": self.data.fingerprint()}
-        V, n_concepts, dictionary = self.data.meta["vocab_size"], settings.n_concepts, ""
+        V = self.data.meta["vocab_size"]
+        sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
+        sizes |= {"vocab_size": V, "mix": MIX[settings.mode]}
+        self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta,
+                      "dictionary": ""}  # for the checkpoint
         if settings.teacher:
             self.teacher = load_teacher(settings.teacher, world)
             self.who["teacher"], theirs = fingerprint(self.teacher), self.teacher.config
@@ -190,20 +194,19 @@ class Setup:
                     f"{T} of {V}: lower --block_size, or make teacher or data for the other")
         if settings.sae:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
-            n_concepts = len(sae.decoder)
-            dictionary = os.path.relpath(path.with_suffix(".concepts.json"), settings.out)
+            sizes["n_concepts"] = len(sae.decoder)
+            self.parts["dictionary"] = os.path.relpath(
+                path.with_suffix(".concepts.json"), settings.out)
             self.who["sae"] = fingerprint(sae)
             rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by, world.bf16]
 
+            @world.autocast()
             def make(idx, targets):
-                with world.autocast():
-                    return concept_labels(self.teacher, sae, idx, targets, layer,
-                                          settings.n_labels, settings.rank_by)
+                return concept_labels(self.teacher, sae, idx, targets, layer, settings.n_labels,
+                                      settings.rank_by)
             self.labels, self.val_labels = (
-                Labels(make, windows, rule, settings.n_labels, n_concepts, settings.keep_labels)
-                for windows in (self.data, self.val))
-        sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
-        sizes.update(vocab_size=V, n_concepts=n_concepts, mix=MIX[settings.mode])
+                Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
+                       settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
         self.model = self.step_model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)
         if settings.compile:
@@ -212,8 +215,6 @@ class Setup:
                 block.compile()
         if world.size > 1:
             self.step_model = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True)
-        self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta,
-                      "dictionary": dictionary}  # for the checkpoint
 
     def load(self, step, world):
         """The passes of a step, [(idx, targets, labels or None)], and its valid labels a pass."""
