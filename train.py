@@ -192,6 +192,8 @@ class Setup:
             require(theirs.vocab_size == V and theirs.block_size >= T, f"the teacher reads "
                     f"{theirs.block_size} tokens of a vocabulary of {theirs.vocab_size}, this run "
                     f"{T} of {V}: lower --block_size, or make teacher or data for the other")
+            for block in self.teacher.h if settings.compile else ():
+                block.compile()
         if settings.sae:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
             sizes["n_concepts"] = len(sae.decoder)
@@ -208,11 +210,8 @@ class Setup:
                 Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
                        settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
-        self.model = self.step_model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)
-        if settings.compile:
-            self.step_model = torch.compile(self.model)  # the raw model evaluates and is saved
-            for block in self.teacher.h if self.teacher else ():
-                block.compile()
+        self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # evaluates and is saved raw
+        self.step_model = torch.compile(self.model) if settings.compile else self.model
         if world.size > 1:
             self.step_model = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True)
 
