@@ -29,7 +29,6 @@ from statistics import mean, stdev
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
@@ -136,17 +135,17 @@ def distillation(logits, teacher_logits):
     """The paper's KD baseline (section 3): KL(teacher || student) over the next token's whole
     distribution, in nats, mean over tokens: two (B,T,V) -> ()."""
     ours, theirs = (x.flatten(0, 1).float().log_softmax(-1) for x in (logits, teacher_logits))
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    return torch.nn.functional.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 @torch.no_grad()
-def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
+def evaluate(model, windows, world, tokens=0, labels=None):
     """{val_loss} in nats a token over a fixed set of about `tokens` tokens of windows (0: all),
     shared by all ranks. With `labels` also {label_hits}, the share of the model's n strongest
     concepts that are labels, and {label_guess}, the same for always guessing the n most frequent
     ones."""
     total = torch.zeros(4 + model.config.n_concepts, dtype=torch.float64)
-    for numbers in windows.spread(tokens, world.rank, world.size, rows):
+    for numbers in windows.spread(tokens, world.rank, world.size):
         idx, targets = windows.batch(numbers, world.device)
         with world.autocast():
             out = model(idx, targets)
@@ -261,7 +260,7 @@ def train(settings, world):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         done = step + 1
         validate = done % settings.eval_interval == 0 or done == settings.steps
         means = run.mean(validate, **losses, grad_norm=norm)
@@ -312,7 +311,7 @@ def rows_of(folders):
         require(first["validation"] == logs[0][0]["validation"], f"{folder} and {folders[0]} were "
                 "validated on different tokens: report them apart")
         kind = {**first["identity"], "seed": 0, "teacher": 0, "sae": 0}
-        name = re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", os.path.normpath(folder))
+        name = re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", str(Path(folder)))
         require(kinds.setdefault(name, kind) == kind, f"{folder} differs in more than its seed "
                 f"from the others that are named {name}: rename it")
         rows.setdefault(name, {})[seed] = log
