@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
                      steerable)
-from data import (GPT2, KNOWN, DataSettings, Run, Windows, World, atomic, get_tokenizer, identity,
+from data import (GPT2, KNOWN, DataSettings, Run, Windows, World, get_tokenizer, identity,
                   load_checkpoint, parse, prepare, require, run)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_sae, load_teacher,
                  train_sae)
@@ -392,8 +392,8 @@ class EvalSettings:
 def score(model, context, continuation, world):
     """log p(continuation | context), two lists of ids that are cut to a block on the left, and
     whether it is what greedy decoding gives."""
-    ids = torch.tensor([*context, *continuation], device=world.device)
-    ids = ids[-model.config.block_size - 1:]
+    ids = torch.tensor([*context, *continuation][-model.config.block_size - 1:],
+                       device=world.device)
     targets = ids[1:][-len(continuation):]
     with world.autocast():
         logits = model(ids[None, :-1]).logits[0, -len(targets):]
@@ -527,7 +527,6 @@ def first_report(out, ntp, cocomix, val):
 def pipeline(settings, world):
     """Teacher (= NTP baseline) -> SAE and its dictionary -> CoCoMix as in the paper -> report."""
     out = Path(settings.out)
-    names = {"teacher": str(out / "ntp/ckpt.pt"), "sae": str(out / "sae/ckpt.pt")}
     ntp, _ = train(replace(settings, mode="ntp", out=str(out / "ntp")), world)
     sae, _ = train_sae(SAESettings(
         data=settings.data, out=str(out / "sae"), layer=settings.sae_layer, k=settings.k_concepts,
@@ -537,7 +536,9 @@ def pipeline(settings, world):
     dictionary = out / "sae/ckpt.concepts.json"
     world.first(lambda: dictionary.exists() or
                 describe(ntp, sae, settings.sae_layer, val, dictionary))
-    cocomix, _ = train(replace(settings, mode="cocomix", out=str(out / "cocomix"), **names), world)
+    cocomix, _ = train(replace(
+        settings, mode="cocomix", out=str(out / "cocomix"), teacher=str(out / "ntp/ckpt.pt"),
+        sae=str(out / "sae/ckpt.pt")), world)
     if world.main:
         text = first_report(out, ntp, cocomix, val)
         with atomic(out / "report.md") as tmp:
@@ -559,8 +560,8 @@ def main():
     settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
     if name in KNOWN and settings.data == f"data/{name}":
-        there = Path(settings.data).glob("*val*.bin")  # the last file that is made
-        world.first(lambda: any(there) or prepare(DataSettings(name)))
+        world.first(lambda: any(Path(settings.data).glob("*val*.bin"))  # made last
+                    or prepare(DataSettings(name)))
     if settings.mode == "all":
         return pipeline(settings, world)
     _, log = train(settings, world)
