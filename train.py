@@ -384,8 +384,6 @@ class EvalSettings:
     tasks: str = ""  # comma-separated tasks of lm-evaluation-harness (pip install lm-eval)
     limit: int = 0  # documents of each task, for a quick look; 0: all
     data: str = ""  # folder of tokens; empty: those that a checkpoint was trained on
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
 
 
 @torch.no_grad()
@@ -555,8 +553,7 @@ def main():
             plot(rows, settings.plot)
         return print(compare(rows))
     if command == "eval":
-        settings = parse(EvalSettings, sys.argv[2:])
-        return evaluate_models(settings, World(settings.device, settings.dtype))
+        return evaluate_models(parse(EvalSettings, sys.argv[2:]), World())
     settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
     if name in KNOWN and settings.data == f"data/{name}":
