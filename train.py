@@ -436,16 +436,16 @@ def open_model(name, world):
 
 
 def evaluate_models(settings, world):
-    """The command `train.py eval`: prints a row of a Markdown table for each model, and the
-    harness's own table of the tasks."""
-    world.print("| model | validation data | loss | perplexity |\n|---|---|---|---|")
+    """The command `train.py eval`: prints a line for each model, and the harness's own table of
+    the tasks."""
     for name in settings.ckpts:
         model, vocabulary, folder = open_model(name, world)
         folder = settings.data or folder
         if folder:
             windows = Windows(folder, "val", model.config.block_size, 0, vocabulary["vocab_size"])
             loss = evaluate(model, windows, world)["val_loss"]
-            world.print(f"| {name} | {folder} | {loss:.4f} | {math.exp(loss):.4f} |")
+            world.print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.4f}, validation "
+                        f"text of {folder}")
         if settings.tasks:
             from lm_eval import simple_evaluate, utils
             results = simple_evaluate(
