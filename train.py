@@ -106,8 +106,8 @@ class TrainSettings(CoCoMixConfig):
                 f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
         require(bool(self.teacher) == (self.mode in ("cocomix", "kd"))
                 and bool(self.sae) == (self.mode == "cocomix"),
-                f"--mode {self.mode}, --teacher {self.teacher!r}, --sae {self.sae!r}: cocomix needs "
-                "both, gpt2 and openai or checkpoints of --mode ntp and of sae.py, kd needs "
+                f"--mode {self.mode}, --teacher {self.teacher!r}, --sae {self.sae!r}: cocomix "
+                "needs both, gpt2 and openai or checkpoints of --mode ntp and of sae.py, kd needs "
                 "--teacher, others take none")
 
 
