@@ -286,6 +286,7 @@ class ReportSettings:
     runs: tuple[str, ...]  # folders of runs (--out)
     baseline: str = ""  # one of them, whose row the others are compared with; empty: the first
     plot: str = ""  # file for a picture, .png or .svg (pip install matplotlib)
+    level: float = 0.0  # a loss to draw in it as a line, say the teacher's
 
 
 def read_run(folder):
@@ -359,8 +360,9 @@ def compare(rows):
     return "\n".join(table)
 
 
-def plot(rows, path):
-    """A picture of validation loss by training tokens: a row's mean over seeds, and their range."""
+def plot(rows, path, level=0.0):
+    """A picture of validation loss by training tokens: a row's mean over seeds, and their range;
+    with `level` a line at that loss."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -370,9 +372,12 @@ def plot(rows, path):
         losses = torch.tensor([[r["val_loss"] for r in curve] for curve in curves])
         axes.plot(tokens, losses.mean(0), label=f"{name} ({len(logs)})")
         axes.fill_between(tokens, losses.amin(0), losses.amax(0), alpha=0.2)
+    if level:
+        axes.axhline(level, color="gray", linestyle="dashed")
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with atomic(path) as tmp:
+        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
 
 
 # ---- python train.py eval: finished models, and GPT-2 --------------------------------------------
@@ -550,7 +555,7 @@ def main():
         settings = parse(ReportSettings, sys.argv[2:])
         rows = rows_of([settings.baseline or settings.runs[0], *settings.runs])
         if settings.plot:
-            plot(rows, settings.plot)
+            plot(rows, settings.plot, settings.level)
         return print(compare(rows))
     if command == "eval":
         return evaluate_models(parse(EvalSettings, sys.argv[2:]), World())
