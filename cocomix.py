@@ -285,11 +285,11 @@ class CoCoMix(nn.Module):
             idx = torch.cat([idx, new], 1)
         return idx
 
-    def configure_optimizer(self, lr, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8):
+    def configure_optimizer(self, lr):
         """Fused AdamW that decays matrices (embeddings too), not biases, norms and lone vectors."""
         groups = [{"params": [p for p in self.parameters() if p.dim() == 2]},
                   {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr, betas, eps, weight_decay, fused=True)
+        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def num_parameters(self):
         """All parameters, compression layer included (the paper's counts leave it out)."""
