@@ -32,7 +32,7 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Optional
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -79,11 +79,11 @@ class CoCoMixConfig:
 
 class Output(NamedTuple):
     """What a forward pass gives; None for what was not asked for, or is not in this mix."""
-    loss: Optional[torch.Tensor]  # () equation (5), or the token loss when there are no labels
-    ntp_loss: Optional[torch.Tensor]  # () mean next-token cross-entropy in nats
-    concept_loss: Optional[torch.Tensor]  # () L_concept in nats; 0 if no label is valid
+    loss: torch.Tensor | None  # () equation (5), or the token loss when there are no labels
+    ntp_loss: torch.Tensor | None  # () mean next-token cross-entropy in nats
+    concept_loss: torch.Tensor | None  # () L_concept in nats; 0 if no label is valid
     logits: torch.Tensor  # (B,T,V) of the token after each position
-    concept_logits: Optional[torch.Tensor]  # (B,T,C) z, fp32
+    concept_logits: torch.Tensor | None  # (B,T,C) z, fp32
 
 
 # ---- the transformer: GPT-2's block --------------------------------------------------------------
