@@ -63,9 +63,10 @@ class CoCoMixConfig:
     concept_residual: bool = False  # our variant, not the paper's: h + c takes the place of c
 
     def __post_init__(self):
-        known = ("none", "pause", "concept"), ("interleave", "add", "none")
-        require(self.mix in known[0] and self.insertion in known[1],
-                f"mix={self.mix!r}, insertion={self.insertion!r}: they are of {known}")
+        require(self.mix in ("none", "pause", "concept")
+                and self.insertion in ("interleave", "add", "none"),
+                f"mix={self.mix!r} is to be none, pause or concept, insertion={self.insertion!r} "
+                "interleave, add or none")
         require(self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: change one")
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
@@ -193,10 +194,10 @@ class CoCoMix(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        interleaved = config.mix != "none" and config.insertion == "interleave"
-        self.positions = 2 if interleaved else 1  # of a token, above the insertion
-        rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
-        self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
+        # of a token, above the insertion
+        self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
+        # also the output head (tied); odd sizes are slow in bf16
+        self.wte = nn.Embedding(64 * math.ceil(config.vocab_size / 64), config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -222,7 +223,7 @@ class CoCoMix(nn.Module):
         """Equation (4), or an ablation of it: h, c (B,T,D) -> (B,S,D)."""
         if self.config.insertion == "none":
             return h
-        c = (h + c if self.config.concept_residual else c.expand_as(h)).to(h.dtype)
+        c = h + c if self.config.concept_residual else c.expand_as(h)
         return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
     def hidden(self, idx, steer=None, past=None):
