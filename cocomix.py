@@ -28,7 +28,6 @@ K active concepts, V vocabulary.
 """
 import json
 import math
-import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -328,12 +327,12 @@ def read_tensors(path):
     if not str(path).endswith(".safetensors"):
         return torch.load(path, map_location="cpu", weights_only=True)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    data, tensors = Path(path).read_bytes(), {}
-    start = 8 + struct.unpack("<Q", data[:8])[0]
+    data, tensors = bytearray(Path(path).read_bytes()), {}
+    start = 8 + int.from_bytes(data[:8], "little")
     for name, entry in json.loads(data[8:start]).items():
         if entry.get("dtype") in kinds:
             begin, end = entry["data_offsets"]
-            raw = bytearray(data[start + begin:start + end])  # a copy: the file is not aligned
+            raw = data[start + begin:start + end]  # a copy: the file is not aligned
             tensors[name] = torch.frombuffer(raw, dtype=kinds[entry["dtype"]]).view(entry["shape"])
     return tensors
 
@@ -355,9 +354,10 @@ def load_hf(path, config=None):
     if config is None:
         require("pre_bias" not in found, f"{path} is a CoCoMix, which does not say its n_head, "
                 "insert_layer and k_concepts: give load_hf a CoCoMixConfig")
-        layers = {name.split(".")[1] for name in found if name.startswith("h.")}
-        config = CoCoMixConfig(mix="none", n_layer=len(layers), n_head=wte.size(1) // 64 or 1,
-                               n_embd=wte.size(1), vocab_size=len(wte), block_size=len(wpe))
+        config = CoCoMixConfig(
+            mix="none", n_layer=sum(name.endswith("ln_1.weight") for name in found),
+            n_head=wte.size(1) // 64 or 1, n_embd=wte.size(1), vocab_size=len(wte),
+            block_size=len(wpe))
     model, tensors = CoCoMix(config), {}
     for name, tensor in found.items():
         if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
