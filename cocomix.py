@@ -99,13 +99,12 @@ class Attention(nn.Module):
         """(B,S,D) -> (B,S,D). The list `past` keeps the keys and values of earlier positions."""
         B, S, D = x.shape
         q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        if past:
+        mask = None
+        if past:  # lower-right causal: the last row sees all, the row above one less
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+            mask = torch.ones(S, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - S)
         if past is not None:
             past[:] = k, v
-        N, mask = k.size(2), None
-        if N > S:  # lower-right causal: the last row sees all, the row above one less
-            mask = torch.ones(S, N, dtype=torch.bool, device=x.device).tril(N - S)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
 
