@@ -210,12 +210,11 @@ class CoCoMix(nn.Module):
                 added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=config.init_std / math.sqrt(added))
 
-    def embed(self, idx, start=0):
-        """(B,T) int64 -> (B,T,D), token plus position `start` on. ValueError beyond block_size."""
-        end = start + idx.size(1)
-        require(end <= self.config.block_size,
-                f"{end} tokens are more than the model's block_size={self.config.block_size}")
-        return self.wte(idx) + self.wpe.weight[start:end]
+    def embed(self, idx):
+        """(B,T) int64 -> (B,T,D), token plus position. ValueError beyond block_size."""
+        require(idx.size(1) <= self.config.block_size,
+                f"{idx.size(1)} tokens are more than the model's block_size={self.config.block_size}")
+        return self.wte(idx) + self.wpe.weight[:idx.size(1)]
 
     def insert(self, h, c):
         """Equation (4), or an ablation of it: h, c (B,T,D) -> (B,S,D)."""
@@ -226,8 +225,9 @@ class CoCoMix(nn.Module):
 
     def hidden(self, idx, steer=None, past=None):
         """idx (B,T) -> h (B,T,D) after the last block, z (B,T,C) or None: equations (1) to (4)."""
-        start = past[-1][0].size(2) // self.positions if past and past[-1] else 0
-        h, z = self.embed(idx, start), None
+        h, z = self.embed(idx), None
+        if past and past[-1]:
+            h = h[:, past[-1][0].size(2) // self.positions:]
         for i, block in enumerate(self.h):
             if self.config.mix != "none" and i == self.config.insert_layer:
                 concept = self.config.mix == "concept"
@@ -240,7 +240,8 @@ class CoCoMix(nn.Module):
         """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
 
         `n_valid` divides the concept loss: the step's valid labels a pass, so that passes average
-        to the step's own loss. `past`, a list for each block, holds the tokens that idx continues.
+        to the step's own loss. `past`, a list for each block, holds what the first tokens of idx gave
+        there: they are not computed again, and the logits are those of the others.
         ValueError for more than block_size tokens."""
         h, z = self.hidden(idx, steer, past)
         logits = F.linear(self.ln_f(h), self.wte.weight)[..., :self.config.vocab_size]
@@ -269,19 +270,17 @@ class CoCoMix(nn.Module):
                     f"no concept {concept} to steer: this model mixes {mixed}")
             pushes[concept] = strength
         require(idx.size(1), "the prompt is empty: give at least one token")
-        past, new, seen = [[] for _ in self.h], idx, 0
+        begin, past = 0, [[] for _ in self.h]
         for _ in range(max_new_tokens):
-            if seen + new.size(1) > self.config.block_size:
-                new = idx[:, -max(1, self.config.block_size // 2):]
-                past, seen = [[] for _ in self.h], 0
-            logits = self(new, steer=pushes, past=past).logits[:, -1].float()
-            seen += new.size(1)
+            if idx.size(1) - begin > self.config.block_size:
+                begin = idx.size(1) - max(1, self.config.block_size // 2)
+                past = [[] for _ in self.h]
+            logits = self(idx[:, begin:], steer=pushes, past=past).logits[:, -1].float()
             if top_k:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             p = F.softmax(logits / max(temperature, 1e-9), -1)
-            new = torch.multinomial(p, 1, generator=generator)
-            idx = torch.cat([idx, new], 1)
+            idx = torch.cat([idx, torch.multinomial(p, 1, generator=generator)], 1)
         return idx
 
     def configure_optimizer(self, lr):
