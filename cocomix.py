@@ -211,9 +211,10 @@ class CoCoMix(nn.Module):
                 nn.init.normal_(p, std=config.init_std / math.sqrt(added))
 
     def embed(self, idx):
-        """(B,T) int64 -> (B,T,D), token plus position. ValueError beyond block_size."""
-        require(idx.size(1) <= self.config.block_size,
-                f"{idx.size(1)} tokens are more than the model's block_size={self.config.block_size}")
+        """(B,T) int64 -> (B,T,D), token plus position. ValueError unless 1 <= T <= block_size."""
+        require(0 < idx.size(1) <= self.config.block_size,
+                f"the prompt is empty or too long: {idx.size(1)} tokens, where the model reads 1 to "
+                f"block_size={self.config.block_size}")
         return self.wte(idx) + self.wpe.weight[:idx.size(1)]
 
     def insert(self, h, c):
@@ -242,7 +243,7 @@ class CoCoMix(nn.Module):
         `n_valid` divides the concept loss: the step's valid labels a pass, so that passes average
         to the step's own loss. `past`, a list for each block, holds what the first tokens of idx gave
         there: they are not computed again, and the logits are those of the others.
-        ValueError for more than block_size tokens."""
+        ValueError for no tokens, or more than block_size."""
         h, z = self.hidden(idx, steer, past)
         logits = F.linear(self.ln_f(h), self.wte.weight)[..., :self.config.vocab_size]
         loss = ntp_loss = l_concept = None
@@ -269,7 +270,6 @@ class CoCoMix(nn.Module):
             require(0 <= concept < mixed,
                     f"no concept {concept} to steer: this model mixes {mixed}")
             pushes[concept] = strength
-        require(idx.size(1), "the prompt is empty: give at least one token")
         begin, past = 0, [[] for _ in self.h]
         for _ in range(max_new_tokens):
             if idx.size(1) - begin > self.config.block_size:
@@ -468,7 +468,6 @@ def main():
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
         return
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
-    require(ids, "the prompt is empty: give some text with --prompt TEXT")
     if settings.inspect:
         print("token          concept (logit) tokens it fires on > tokens that follow")
         print(*inspect(model, encoding, ids, load_dictionary(settings.ckpt, ckpt)), sep="\n")
