@@ -397,7 +397,10 @@ class GenerateSettings:
 
 def load_dictionary(path, ckpt):
     """The entries of the concept dictionary beside the SAE that the model `ckpt` at `path` learned
-    from, a dict a concept (`sae.describe`). ValueError if it is missing, or of another SAE."""
+    from, a dict a concept (`sae.describe`). ValueError if it is missing or of another SAE, or for a
+    model without concepts."""
+    require("sae" in ckpt["identity"],
+            f"{path} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
     path = Path(path).parent / ckpt["dictionary"]
     found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     require(found.get("sae") == ckpt["identity"]["sae"], f"{path} is missing or of another SAE: "
@@ -457,8 +460,6 @@ def main():
     settings, device = parse(GenerateSettings), World().device
     ckpt = load_checkpoint(settings.ckpt, "model")
     model, encoding = CoCoMix.from_checkpoint(ckpt).to(device), get_tokenizer(ckpt["vocabulary"])
-    require("sae" in ckpt["identity"] or not (settings.inspect or settings.study),
-            f"{settings.ckpt} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
     if settings.study:
         T = model.config.block_size
         text = Windows(ckpt["settings"]["data"], "val", T)
