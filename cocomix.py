@@ -213,8 +213,8 @@ class CoCoMix(nn.Module):
     def embed(self, idx):
         """(B,T) int64 -> (B,T,D), token plus position. ValueError unless 1 <= T <= block_size."""
         require(0 < idx.size(1) <= self.config.block_size,
-                f"the prompt is empty or too long: {idx.size(1)} tokens, where the model reads 1 to "
-                f"block_size={self.config.block_size}")
+                f"the prompt is empty or too long: {idx.size(1)} tokens, where the model reads 1 "
+                f"to block_size={self.config.block_size}")
         return self.wte(idx) + self.wpe.weight[:idx.size(1)]
 
     def insert(self, h, c):
@@ -224,8 +224,13 @@ class CoCoMix(nn.Module):
         c = h + c if self.config.concept_residual else c.expand_as(h)
         return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
-    def hidden(self, idx, steer=None, past=None):
-        """idx (B,T) -> h (B,T,D) after the last block, z (B,T,C) or None: equations (1) to (4)."""
+    def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
+        """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
+
+        `n_valid` divides the concept loss: the step's valid labels a pass, so that passes average
+        to the step's own loss. `past`, a list for each block, holds what the first tokens of idx
+        gave there: they are not computed again, and the logits are those of the others.
+        ValueError for no tokens, or more than block_size."""
         h, z = self.embed(idx), None
         if past and past[-1]:
             h = h[:, past[-1][0].size(2) // self.positions:]
@@ -235,16 +240,7 @@ class CoCoMix(nn.Module):
                 c, z = self.concept(h, steer) if concept else (self.pause, None)
                 h = self.insert(h, c)
             h = block(h, past[i] if past else None)
-        return h[:, self.positions - 1::self.positions], z  # of two positions, the concept's
-
-    def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
-        """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
-
-        `n_valid` divides the concept loss: the step's valid labels a pass, so that passes average
-        to the step's own loss. `past`, a list for each block, holds what the first tokens of idx gave
-        there: they are not computed again, and the logits are those of the others.
-        ValueError for no tokens, or more than block_size."""
-        h, z = self.hidden(idx, steer, past)
+        h = h[:, self.positions - 1::self.positions]  # of two positions, the concept's
         logits = F.linear(self.ln_f(h), self.wte.weight)[..., :self.config.vocab_size]
         loss = ntp_loss = l_concept = None
         if targets is not None:
