@@ -326,8 +326,8 @@ def read_tensors(path):
     for name, entry in json.loads(data[8:start]).items():
         if entry.get("dtype") in kinds:
             begin, end = entry["data_offsets"]
-            raw = data[start + begin:start + end]  # a copy: the file is not aligned
-            tensors[name] = torch.frombuffer(raw, dtype=kinds[entry["dtype"]]).view(entry["shape"])
+            tensors[name] = torch.frombuffer(  # of a copy: the file is not aligned
+                data[start + begin:start + end], dtype=kinds[entry["dtype"]]).view(entry["shape"])
     return tensors
 
 
@@ -360,8 +360,8 @@ def load_hf(path, config=None):
             first, dot, rest = name.partition(".")
             tensors[OUR_NAMES.get(first, first) + dot + rest] = tensor
     centre = wte.mean(0) if config.mix == "none" else 0
-    padding = (0, 0, 0, len(model.wte.weight) - config.vocab_size)
-    tensors.update({"wte.weight": F.pad(wte - centre, padding), "wpe.weight": wpe + centre})
+    padding = 0, 0, 0, len(model.wte.weight) - config.vocab_size
+    tensors |= {"wte.weight": F.pad(wte - centre, padding), "wpe.weight": wpe + centre}
     try:
         model.load_state_dict(tensors)
     except RuntimeError as e:
@@ -456,6 +456,7 @@ def main():
     settings, device = parse(GenerateSettings), World().device
     ckpt = load_checkpoint(settings.ckpt, "model")
     model, encoding = CoCoMix.from_checkpoint(ckpt).to(device), get_tokenizer(ckpt["vocabulary"])
+    ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
     if settings.study:
         T = model.config.block_size
         text = Windows(ckpt["settings"]["data"], "val", T)
@@ -463,17 +464,15 @@ def main():
         print("| strength | typical followers | with a random concept steered |\n|---|---|---|")
         for row in study(model, prompts, load_dictionary(settings.ckpt, ckpt)):
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
-        return
-    ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
-    if settings.inspect:
+    elif settings.inspect:
         print("token          concept (logit) tokens it fires on > tokens that follow")
         print(*inspect(model, encoding, ids, load_dictionary(settings.ckpt, ckpt)), sep="\n")
-        return
-    for steer in [{}, dict(settings.steer)][:1 + bool(settings.steer)]:
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        new = model.generate(torch.tensor([ids], device=device), settings.tokens,
-                             settings.temperature, settings.top_k, steer, generator)
-        print(f"---- steered {steer}:\n" * bool(steer) + encoding.decode(new[0].tolist()))
+    else:
+        for steer in [{}, dict(settings.steer)] if settings.steer else [{}]:
+            generator = torch.Generator(device).manual_seed(settings.seed)
+            new = model.generate(torch.tensor([ids], device=device), settings.tokens,
+                                 settings.temperature, settings.top_k, steer, generator)
+            print(f"---- steered {steer}:\n" * bool(steer) + encoding.decode(new[0].tolist()))
 
 
 if __name__ == "__main__":
