@@ -75,10 +75,9 @@ class TopKSAE(nn.Module):
         values, indices = self.preactivations(standardise(x)[0]).topk(self.k)
         return values.relu(), indices
 
-    def decode(self, values, indices, mu=0.0, std=1.0):
-        """(..., K), (..., K) -> (..., D), standardised; in the input's scale with its mu and
-        std."""
-        return (sparse_rows(values, indices, self.decoder) + self.pre_bias) * std + mu
+    def decode(self, values, indices):
+        """(..., K), (..., K) -> (..., D), standardised."""
+        return sparse_rows(values, indices, self.decoder) + self.pre_bias
 
     def forward(self, x):
         """x (..., D) -> SAEOutput, with gradients to all four parameters."""

@@ -451,7 +451,7 @@ def test_sae_gradients_are_those_of_the_dense_form():
     assert all(torch.allclose(g, w, atol=1e-6, rtol=1e-4) for g, w in zip(got, want))
     want = (a @ sae.decoder + sae.pre_bias) * std + mu
     assert torch.allclose(out.reconstruction, want, atol=1e-4)
-    assert torch.allclose(sae.decode(*sae.encode(x), mu, std), want, atol=1e-4)
+    assert torch.allclose(sae.decode(*sae.encode(x)) * std + mu, want, atol=1e-4)
 
 
 @pytest.mark.parametrize("aux_weight,revived", [(1 / 32, True), (0.0, False)])
