@@ -105,13 +105,6 @@ class TopKSAE(nn.Module):
         self.idle += out.indices.numel() // self.k * world.size
         self.idle[world.sum(fired) > 0] = 0
 
-    @classmethod
-    def from_checkpoint(cls, ckpt):
-        """The SAE in a checkpoint dict of kind "sae" (data.load_checkpoint)."""
-        sae = cls(**ckpt["config"])
-        sae.load_state_dict(ckpt["sae"])
-        return sae
-
 
 def load_openai(path):
     """OpenAI's SAE for GPT-2 small (openai/sparse_autoencoder, a .pt file with the TopK activation,
@@ -252,7 +245,8 @@ def load_sae(name, teacher, world):
         sae = load_openai(name)
     else:
         ckpt = load_checkpoint(name, "sae")
-        sae, layer = TopKSAE.from_checkpoint(ckpt), ckpt["layer"]
+        sae, layer = TopKSAE(**ckpt["config"]), ckpt["layer"]
+        sae.load_state_dict(ckpt["sae"])
         require(ckpt["identity"]["teacher"] == fingerprint(teacher), f"{name} was trained on "
                 "another teacher: train an SAE on this one with `python sae.py --teacher CKPT`")
     require(sae.pre_bias.numel() == teacher.config.n_embd and layer < teacher.config.n_layer,

@@ -29,7 +29,7 @@ from cocomix import (CoCoMix, CoCoMixConfig, concept_loss, load_dictionary, load
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
 from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint,
-                 load_openai, loss_from, residual, train_sae)
+                 load_openai, load_sae, load_teacher, loss_from, residual, train_sae)
 from train import TrainSettings, distillation, learning_rate, preset, train
 
 HERE = Path(__file__).parent
@@ -847,9 +847,8 @@ def trained(corpus, tmp_path_factory):
 
 
 def opened(trained):
-    teacher = CoCoMix.from_checkpoint(load_checkpoint(trained["teacher"], "model"))
-    sae = TopKSAE.from_checkpoint(load_checkpoint(trained["sae"], "sae"))
-    return teacher.requires_grad_(False), sae.requires_grad_(False).eval()
+    teacher = load_teacher(trained["teacher"], World("cpu"))
+    return teacher, load_sae(trained["sae"], teacher, World("cpu"))[0]
 
 
 def flags(s):
