@@ -85,7 +85,7 @@ class TopKSAE(nn.Module):
         pre = self.preactivations(r)
         values, indices = pre.topk(self.k)
         r_hat = self.decode(values.relu(), indices)
-        error, aux_loss = r - r_hat, torch.zeros((), device=x.device)
+        error, aux_loss = r - r_hat, r.new_zeros(())
         rest, dead = error.detach(), (self.idle > self.dead_after).nonzero().squeeze(-1)
         if self.training and len(dead):  # AuxK (appendix A.2): they rebuild the rest, no bias
             best, at = pre[..., dead].topk(min(self.config["k_aux"], len(dead)))
@@ -163,7 +163,7 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
         with torch.enable_grad():
             g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
         dots = [sae.decoder[i] @ row.float().unsqueeze(-1) for i, row in zip(indices, g)]
-        scores = scores * torch.stack(dots).detach().squeeze(-1)  # s_i
+        scores = scores * torch.stack(dots).squeeze(-1)  # s_i
     scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
     best, at = scores.topk(n_labels)
     labels = indices.gather(-1, at).masked_fill(best <= 0, -1)
@@ -335,7 +335,7 @@ def train_sae(settings, teacher, world):
         optimizer.param_groups[0]["lr"] = settings.lr * min(
             1, 20 * (step + 1) / settings.steps, 5 * left / settings.steps)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         sae.after_step(out, world)
         means = run.mean(left == 1, loss=out.loss, aux_loss=out.aux_loss, fvu=out.fvu)
         if left == 1:
