@@ -361,13 +361,13 @@ def typical(ids, frequency, encoding, n=6):
 
 
 @torch.no_grad()
-def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strongest=64, around=12):
+def describe(teacher, sae, layer, windows, path, tokens=262_144, page=""):
     """Write the concept dictionary of an SAE, made from about `tokens` tokens of `windows`.
 
     A dict a latent: its `id`; `rate`, the share of tokens it fires on; `tokens` and `next`, what is
-    typical (`typical`) of those it fires on and of those that follow, over its `strongest` firings;
-    `snippets`, [text, token, text, activation] around the first of these; its `page`, if any. A
-    window's first position is left out."""
+    typical (`typical`) of those it fires on and of those that follow, over its 64 strongest
+    firings; `snippets`, [text, token, text, activation] around the first 8 of these; its `page`, if
+    any. A window's first position is left out."""
     encoding, device = get_tokenizer(windows.meta), sae.decoder.device
     idx, targets = windows.batch(sum(windows.spread(tokens), []))
     parts = [sae.encode(residual(teacher, rows.to(device), layer)) for rows in idx.split(16)]
@@ -379,10 +379,10 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page="", strong
     text = torch.cat([idx, targets[:, -1:]], 1).flatten()
     frequency = torch.bincount(text, minlength=encoding.n_vocab) / len(text)
     for latent, (start, count) in enumerate(zip(starts, fired)):
-        best, snippets = order[start:start + min(count, strongest)], []
+        best, snippets = order[start:start + min(count, 64)], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):
             text, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
-            parts = text[max(0, t - around):t], text[t:t + 1], text[t + 1:t + 1 + around]
+            parts = text[max(0, t - 12):t], text[t:t + 1], text[t + 1:t + 13]
             snippets.append([*map(encoding.decode, parts), value])
         entries.append({"id": latent, "rate": count * sae.k / len(places), "snippets": snippets,
                         "tokens": typical(idx.flatten()[places[best]], frequency, encoding),
