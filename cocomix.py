@@ -253,7 +253,7 @@ class CoCoMix(nn.Module):
         return Output(loss, ntp_loss, l_concept, logits, z)
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, steer=None, generator=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, steer=None):
         """idx (B,T) and its continuation: (B, T + max_new_tokens) int64.
 
         temperature 0 is greedy; top_k keeps the likeliest tokens, 0 all. `steer` {concept:
@@ -276,7 +276,7 @@ class CoCoMix(nn.Module):
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             p = F.softmax(logits / max(temperature, 1e-9), -1)
-            idx = torch.cat([idx, torch.multinomial(p, 1, generator=generator)], 1)
+            idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
         return idx
 
     def configure_optimizer(self, lr):
@@ -433,8 +433,8 @@ def steerable(entries, count):
 
 def follower_rate(model, prompts, entry, steer, tokens=24):
     """The share of typical followers of a concept among tokens generated from prompts (P,T)."""
-    generator = torch.Generator(prompts.device).manual_seed(0)
-    new = model.generate(prompts, tokens, steer=steer, generator=generator)[:, prompts.size(1):]
+    torch.manual_seed(0)
+    new = model.generate(prompts, tokens, steer=steer)[:, prompts.size(1):]
     followers = [token for token, _, share, _ in entry["next"] if share >= 0.1]
     return torch.isin(new, torch.tensor(followers, device=new.device)).float().mean().item()
 
@@ -469,9 +469,9 @@ def main():
         print(*inspect(model, encoding, ids, load_dictionary(settings.ckpt, ckpt)), sep="\n")
     else:
         for steer in [{}, dict(settings.steer)] if settings.steer else [{}]:
-            generator = torch.Generator(device).manual_seed(settings.seed)
+            torch.manual_seed(settings.seed)
             new = model.generate(torch.tensor([ids], device=device), settings.tokens,
-                                 settings.temperature, settings.top_k, steer, generator)
+                                 settings.temperature, settings.top_k, steer)
             print(f"---- steered {steer}:\n" * bool(steer) + encoding.decode(new[0].tolist()))
 
 

@@ -513,8 +513,8 @@ def first_report(out, ntp, cocomix, val):
     prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
 
     def continued(model, steer=None):
-        generator = torch.Generator(prompts.device).manual_seed(1)
-        new = model.generate(prompts[len(prompts) // 3, None], 60, 0.7, 50, steer, generator)
+        torch.manual_seed(1)
+        new = model.generate(prompts[len(prompts) // 3, None], 60, 0.7, 50, steer)
         return encoding.decode(new[0].tolist())
     typical = steerable(entries, 20)
     best = next((entry for entry in typical if entry["next"][0][1][0] == " "), typical[0])
