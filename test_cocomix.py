@@ -24,7 +24,7 @@ import torch.nn.functional as F
 import data as data_module
 import sae as sae_module
 import train as train_module
-from cocomix import (CoCoMix, CoCoMixConfig, concept_loss, load_dictionary, load_hf, standardise,
+from cocomix import (CoCoMix, CoCoMixConfig, load_dictionary, load_hf, standardise,
                      steerable, study)
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
@@ -108,39 +108,29 @@ def test_model_is_the_slow_loop(mix, changes):
         assert not z or torch.allclose(out.concept_logits[b].double(), torch.stack(z), atol=1e-4)
 
 
-def test_loss_is_token_loss_plus_weighted_concept_loss_and_ignores_minus_one():
-    model, idx, targets = small(concept_weight=0.3), tokens(3, T), tokens(3, T, seed=1)
-    labels = tokens(3, T, 4, seed=2, below=64)
-    targets[0, :5], labels[1, :, 2:] = -1, -1
+def test_loss_is_equation_5_over_what_is_not_minus_one():
+    model, idx = small(concept_weight=0.3), tokens(3, T)
+    targets, labels = tokens(3, T, seed=1), tokens(3, T, 4, seed=2, below=64)
+    targets[0, :5] = -1
+    labels[1, :, 2:] = -1
     out = model(idx, targets, labels)
-    logp = torch.log_softmax(out.logits.double(), -1)
-    want = [-logp[b, t, targets[b, t]].item() for b, t in (targets >= 0).nonzero()]
-    assert out.ntp_loss.item() == pytest.approx(np.mean(want), rel=1e-5)
-    assert out.loss.item() == pytest.approx(out.ntp_loss.item() + 0.3 * out.concept_loss.item())
-    half = model(idx, targets, labels, n_valid=2 * (labels >= 0).sum())
-    assert half.concept_loss.item() == pytest.approx(out.concept_loss.item() / 2)
-    assert model(idx, torch.full_like(targets, -1)).ntp_loss.item() == 0
-    assert model(idx).loss is None and model(idx, targets).concept_loss is None
-
-
-def test_concept_loss_is_the_mean_of_separate_cross_entropies():
-    z, labels = torch.randn(2, 7, 64, requires_grad=True), tokens(2, 7, 4, below=64)
-    labels[0, :, 1:], labels[1, 3] = -1, -1  # masked ones leave the sum and the count
-    each = [F.cross_entropy(z[b, t], labels[b, t, i]) for b, t, i in (labels >= 0).nonzero()]
-    assert torch.allclose(concept_loss(z, labels), sum(each) / len(each))
-    none = concept_loss(z, torch.full_like(labels, -1))
-    none.backward()
-    assert none.item() == 0 and torch.equal(z.grad, torch.zeros_like(z))
+    of_tokens = [F.cross_entropy(out.logits[b, t], targets[b, t])
+                 for b, t in (targets >= 0).nonzero()]
+    of_concepts = [F.cross_entropy(out.concept_logits[b, t], labels[b, t, i])
+                   for b, t, i in (labels >= 0).nonzero()]
+    want = torch.stack(of_tokens).mean() + 0.3 * torch.stack(of_concepts).mean()
+    assert torch.allclose(out.loss, want)
+    nothing = model(idx, torch.full_like(targets, -1), torch.full_like(labels, -1))
+    nothing.loss.backward()
+    assert nothing.loss == 0 and not any(p.grad.any() for p in model.parameters())
 
 
 def test_token_loss_trains_the_concept_predictor():
     model = small()
     model(tokens(2, T), tokens(2, T, seed=1)).ntp_loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-    assert 5 <= (model.concept.predictor.bias.grad != 0).sum() < 64  # only winners pass the top-k
-    ablated = small(insertion="none")  # concepts are predicted, but nothing of them goes on
-    ablated(tokens(2, T), tokens(2, T, seed=1)).ntp_loss.backward()
-    assert ablated.concept.predictor.weight.grad is None
+    assert all(p.grad.any() for p in model.parameters())
+    winners = (model.concept.predictor.bias.grad != 0).sum()
+    assert 5 <= winners < 64  # nothing passes the top-k but they
 
 
 @pytest.mark.parametrize("mix,changes", FORMS)
@@ -155,26 +145,16 @@ def test_flops_are_those_torch_counts(mix, changes):
     assert model.flops_per_token() == 3 * (counter.get_total_flops() / T + 2 * D * 5 * mixing)
 
 
-def test_padded_vocabulary_is_never_scored_or_sampled():
-    model, idx = small(), tokens(2, T)
-    want = model(idx, idx)
-    with torch.no_grad():
-        model.wte.weight[V:] = 10 * model.wte.weight[5]  # would win every argmax
-    got = model(idx, idx)
-    assert model.wte.weight.shape == (320, D) and got.logits.size(-1) == V
-    assert torch.equal(got.logits, want.logits) and torch.equal(got.loss, want.loss)
-    assert model.generate(idx[:, :2], 40, temperature=100.0).max() < V
-
-
 def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
     model = CoCoMix(CoCoMixConfig(**{**SMALL, "n_embd": 256}))
     decayed, spared = model.configure_optimizer(1e-3).param_groups
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
-    names = {p: name for name, p in model.named_parameters()}
-    vectors = {p for p in names if re.search(r"bias$|ln_", names[p])}
-    assert set(spared["params"]) == vectors and set(decayed["params"]) == set(names) - vectors
+    vectors = {p for name, p in model.named_parameters() if re.search(r"bias$|ln_", name)}
+    assert set(spared["params"]) == vectors
+    assert set(decayed["params"]) == set(model.parameters()) - vectors
     assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.h[0].mlp.c_proj.weight.std().item() == pytest.approx(0.02 / 8 ** 0.5, rel=0.05)
+    assert model.wte.weight.shape == (320, 256)  # padded to a multiple of 64
 
 
 @pytest.mark.parametrize("mix,changes", FORMS[:4] + FORMS[7:8])
@@ -182,34 +162,30 @@ def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
 def test_generation_with_the_cache_is_generation_without(mix, changes, length):
     """Token for token, in batches, and past block_size, where the text's half is read anew."""
     model, prompt = small(mix, **changes), tokens(3, length)
-    steer = {3: 2.0, 9: -4.0} if mix == "concept" else None
-    pushes = torch.zeros(64).scatter(0, torch.tensor([3, 9]), torch.tensor([2.0, -4.0]))
+    steer = {3: 2.0, 9: -4.0} if mix == "concept" else {}
+    pushes = torch.tensor([steer.get(concept, 0.0) for concept in range(64)])
     want, begin = prompt, 0
     for _ in range(T + 2):
         if want.size(1) - begin > T:
             begin = want.size(1) - T // 2
-        logits = model(want[:, begin:], steer=pushes if steer else None).logits[:, -1]
+        logits = model(want[:, begin:], steer=pushes).logits[:, -1]
         want = torch.cat([want, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(model.generate(prompt, T + 2, temperature=0, steer=steer), want)
     assert torch.equal(model.generate(prompt, 4, 5.0, 1, steer), want[:, :length + 4])  # top_k 1
 
 
 def test_steering_moves_a_logit_in_units_of_the_positions_largest():
-    model, idx, pushes = small(), tokens(1, 6), torch.zeros(64)
-    h = residual(model, idx, 1)
-    c, z = model.concept(h)
-    pushes[9] = 3.0
-    by_hand = z + pushes * z.max(-1, keepdim=True).values.abs()
-    kept = by_hand * (by_hand >= by_hand.topk(5).values[..., -1:])
-    _, mu, std = standardise(h)
-    want = (model.concept.compress(kept) + model.concept.pre_bias) * std + mu
-    steered, same = model.concept(h, pushes)
-    assert torch.allclose(steered, want, atol=1e-4) and not torch.allclose(c, want, atol=1e-2)
-    assert torch.equal(same, z)  # what is predicted stays
-    for other, steer in ((model, {64: 1.0}), (model, {-1: 1.0}), (small("none"), {0: 1.0}),
-                         (small(insertion="none"), {0: 1.0})):
+    model, idx = small(), tokens(1, 1)
+    plain, steered = model(idx), model(idx, steer=3.0 * F.one_hot(torch.tensor(9), 64))
+    assert torch.equal(steered.concept_logits, plain.concept_logits)  # what is predicted stays
+    with torch.no_grad():  # of a single position: the same as another bias
+        model.concept.predictor.bias[9] += 3 * plain.concept_logits.max().abs()
+    want = model(idx).logits
+    assert torch.allclose(steered.logits, want, atol=1e-4)
+    assert not torch.allclose(plain.logits, want, atol=1e-2)
+    for other, concept in ((model, -1), (small("none"), 0), (small(insertion="none"), 0)):
         with pytest.raises(ValueError, match="to steer"):
-            other.generate(idx, 1, steer=steer)
+            other.generate(idx, 1, steer={concept: 1.0})
 
 
 @pytest.mark.parametrize("changes,words", [
@@ -222,20 +198,12 @@ def test_impossible_models_are_refused(changes, words):
         CoCoMixConfig(**{**SMALL, **changes})
 
 
-def test_long_inputs_and_empty_prompts_are_refused():
-    with pytest.raises(ValueError, match="block_size=16"):
-        small()(tokens(1, T + 1))
-    with pytest.raises(ValueError, match="empty"):
-        small().generate(tokens(1, 0), 1)
-
-
 def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
     model, idx = small(scale=2.0), tokens(2, T)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(idx, idx, tokens(2, T, 4, below=64))
     out.loss.backward()
     assert out.concept_logits.dtype == torch.float32
-    assert all(p.grad.isfinite().all() for p in model.parameters())
     want = model(idx).logits
     assert (out.logits.float() - want).abs().max() < 0.1 * want.std()
 
