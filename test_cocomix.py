@@ -14,18 +14,18 @@ import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import cocomix as cocomix_module
 import data as data_module
 import sae as sae_module
 import train as train_module
-from cocomix import (CoCoMix, CoCoMixConfig, load_dictionary, load_hf, standardise,
-                     steerable, study)
+from cocomix import (CoCoMix, CoCoMixConfig, GenerateSettings, load_dictionary, load_hf,
+                     standardise, steerable, study)
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
 from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint,
@@ -713,35 +713,30 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     assert not Path("hacked").exists()
 
 
-@dataclass(frozen=True)
-class Toy:
-    """Toy settings."""
-    source: str  # where
-    lr: float = 0.5  # rate, 100% explained
-    steps: int = 3  # how many
-    kind: Literal["a", "b"] = "a"  # which
-    fast: bool = False  # quickly
-    many: tuple[str, ...] = ()  # words
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A call of a script's main with arguments of a command line -> all that it prints."""
+    def call(module, *argv):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
+        try:
+            data_module.run(module.main)
+        except SystemExit as e:
+            print(e)  # as Python does
+        return "".join(capsys.readouterr())
+    return call
 
-    def __post_init__(self):
-        data_module.require(self.steps < 100, f"--steps {self.steps} is too many: take 99")
 
-
-def test_command_line(capsys):
-    presets = lambda args: {"steps": 50, "fast": True} if args.kind == "b" else {}
-    assert parse(Toy, ["x", "--lr=1", "--many", "a=1", "b"]) == Toy("x", 1.0, many=["a=1", "b"])
-    assert parse(Toy, ["x", "--kind", "b"], presets) == Toy("x", 0.5, 50, "b", True)
-    assert parse(Toy, ["x", "--kind", "b", "--steps", "7", "--no-fast"], presets).steps == 7
-    for argv, words in ((["--stpes", "3"], "mean --steps?"), (["--step=3"], "mean --steps?"),
-                        (["--steps", "x"], "invalid int"), (["--kind", "c"], "invalid choice"),
-                        (["--steps", "100"], "take 99"), (["y"], "unknown argument y")):
-        with pytest.raises((SystemExit, ValueError)) as stop:
-            parse(Toy, ["x", *argv])
-        assert words in str(stop.value) + capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse(Toy, ["--help"])
-    text = capsys.readouterr().out
-    assert "100% explained" in text and "default: 0.5" in text
+def test_command_line(command):
+    got = parse(GenerateSettings, ["c.pt", "--top_k=7", "--inspect", "--steer", "3=+4", "5=-1"])
+    assert got == GenerateSettings("c.pt", top_k=7, inspect=True, steer=[(3, 4.0), (5, -1.0)])
+    got = parse(TrainSettings, ["--preset", "69m", "--no-compile", "--steps", "7"], preset)
+    assert (got.n_embd, got.compile, got.steps) == (512, False, 7)  # a flag over a preset's value
+    for argv, words in (("--stpes 3", "mean --steps?"), ("--step=3", "mean --steps?"),
+                        ("--k x", "invalid int value: 'x'"), ("y", "unknown argument y"),
+                        ("--dtype fp16", "invalid choice: 'fp16'")):
+        assert words in command(sae_module, *argv.split())
+    text = command(sae_module, "--help")
+    assert "5 % warm-up" in text and "default: 0.003" in text
 
 
 @pytest.mark.parametrize("name,sizes,training,parameters", [
@@ -949,7 +944,7 @@ def test_a_fork_that_adds_a_setting_goes_on_with_older_runs(corpus, tmp_path):
         train(Fork(**vars(s), colour="red"), World("cpu"))
 
 
-def test_evaluations_are_plain_means(corpus, trained, tmp_path, monkeypatch, capsys):
+def test_evaluations_are_plain_means(corpus, trained, tmp_path, command):
     """Losses, FVU and label hits of the fixed windows against their definitions; `eval` of all."""
     (teacher, sae), val, hits, possible = opened(trained), Windows(corpus, "val", T), 0, 0
     student, log = train(settings(corpus, tmp_path, **trained, steps=40), World("cpu"))
@@ -972,10 +967,9 @@ def test_evaluations_are_plain_means(corpus, trained, tmp_path, monkeypatch, cap
     assert got == pytest.approx([out.ntp_loss.item(), hits / possible, guess], rel=1e-5)
     assert hits / possible > guess
     idx, targets = val.batch(range(len(val)))
-    monkeypatch.setattr(sys, "argv", ["train.py", "eval", trained["teacher"]])
-    train_module.main()
     loss = teacher(idx, targets).ntp_loss.item()
-    assert f": loss {loss:.4f}, perplexity {math.exp(loss):.4f}," in capsys.readouterr().out
+    text = command(train_module, "eval", trained["teacher"])
+    assert f": loss {loss:.4f}, perplexity {math.exp(loss):.4f}," in text
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(corpus, tmp_path, monkeypatch):
@@ -987,7 +981,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(corpus, tmp_path, m
     assert load_checkpoint(tmp_path / "ckpt.pt", "model")["step"] == 7
 
 
-def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
+def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path, command):
     train(settings(corpus, tmp_path / "other", steps=1, seed=1), World("cpu"))
     train(settings(corpus, tmp_path / "pause", mode="pause", steps=1), World("cpu"))
     numbered(tmp_path / "words", [400], vocab=500)
@@ -1000,15 +994,16 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path):
             (dict(teacher=str(tmp_path / "none.pt")), "missing"), (dict(n_labels=5), "n_labels=5")):
         with pytest.raises(ValueError, match=words):
             train(settings(corpus, tmp_path / "o", **{**trained, **changes}), World("cpu"))
-    done = launch(flags(settings(corpus, corpus / "meta.json/x")))
-    assert re.fullmatch("error: .*Not a directory.*free some space.*\n", done.output)
+    text = command(train_module, *flags(settings(corpus, corpus / "meta.json/x")))
+    assert re.search("error: .*Not a directory.*free some space", text)
 
 
-def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):
+def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch, command):
     """--teacher gpt2 --sae openai:1, with small files of the same formats under their addresses."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     write_safetensors(tmp_path / "gpt2.safetensors", hf_names(small("none", n_head=1, n_embd=64)))
-    openai_file(tmp_path / "1.pt", 64, 80), openai_file(tmp_path / "7.pt", 64, 80)
+    for layer in (1, 7):
+        openai_file(tmp_path / f"{layer}.pt", 64, 80)
     monkeypatch.setattr(sae_module, "GPT2", ((tmp_path / "gpt2.safetensors").as_uri(), "", None))
     monkeypatch.setattr(sae_module, "OPENAI", tmp_path.as_uri() + "/{}.pt")
     s = settings(corpus, tmp_path / "o", mode="cocomix", teacher="gpt2", sae="openai:1", steps=10)
@@ -1016,9 +1011,8 @@ def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch):
     ckpt = load_checkpoint(tmp_path / "o/ckpt.pt", "model")
     loaded = load_hf(tmp_path / "gpt2.safetensors")
     assert ckpt["identity"]["teacher"] == fingerprint(loaded) and student.config.n_concepts == 80
-    argv = ["describe", "--sae", "openai:1", "--teacher", "gpt2", "--data", str(corpus)]
-    monkeypatch.setattr(sys, "argv", ["sae.py", *argv, "--tokens", "640"])
-    sae_module.main()
+    command(sae_module, "describe", "--sae", "openai:1", "--teacher", "gpt2", "--data", corpus,
+            "--tokens", 640)
     entries = load_dictionary(tmp_path / "o/ckpt.pt", ckpt)
     assert entries[7]["page"] == "https://www.neuronpedia.org/gpt2-small/1-res_post_32k-oai/7"
     with pytest.raises(ValueError, match="reads block 7"):
@@ -1063,43 +1057,38 @@ def write_log(out, losses, seed=0, validation="v", **identity):
     first = {"step": 0, "tokens": 0, "parameters": 1000, "flops_per_token": 50,
              "validation": validation, "identity": {"seed": seed, **identity},
              "settings": {"seed": seed, "steps": len(losses)}}
-    records = [{"step": i + 1, "tokens": 100 * (i + 1), "val_loss": loss, "seconds": 2.0 * i}
-               for i, loss in enumerate(losses)]
+    records = [{"step": i, "tokens": 100 * i, "val_loss": loss, "seconds": 2.0 * i}
+               for i, loss in enumerate(losses, 1)]
+    records.insert(0, {"step": 0, "tokens": 50, "ntp_loss": 9.0})
     Path(out).mkdir(parents=True)
-    lines = [json.dumps(r) for r in (first, {"step": 0, "tokens": 50, "ntp_loss": 9.0}, *records)]
-    Path(out, "log.jsonl").write_text("\n".join(lines) + "\n")
+    lines = [json.dumps(record) + "\n" for record in (first, *records)]
+    Path(out, "log.jsonl").write_text("".join(lines))
     return str(out)
 
 
-def report(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["train.py", "report", *argv])
-    train_module.main()
-    rows = [re.split(r" *\| *", line)[1:-1] for line in capsys.readouterr().out.splitlines()]
-    return {row[0]: row[1:] for row in rows if row and row[0]}
-
-
-def test_a_report_on_made_up_logs(tmp_path, monkeypatch, capsys):
+def test_a_report_on_made_up_logs(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
-    for seed, end in enumerate((2.0, 2.2, 2.1)):
-        write_log(f"out/ntp_{seed}", [5.0, 3.0, end], seed, lr=1.0)
-        ahead = (0.5, 0.3, 0.4)[seed]
-        write_log(f"out/mix_{seed}", [5.0, 2.5, end - ahead], seed, lr=2.0, teacher=seed)
-    write_log("out/worse", [5.0, 4.0, 3.0])
-    found = report(monkeypatch, capsys, *sorted(map(str, Path("out").glob("ntp*"))), "out/mix_0",
-                   "out/mix_1/", "out/mix_2", "out/worse")
-    assert found["out/ntp_*"][:4] == ["3", "1,000", "300", "1.50e+04"]
-    assert found["out/ntp_*"][4:] == ["4", "2.1000 ± 0.1000", "-", "-"]
-    error = np.std([0.5, 0.3, 0.4], ddof=1) / 3 ** 0.5
-    assert found["out/mix_*"][6] == f"-0.4000 ± {error:.4f}"
     ends, ahead = np.array([2.0, 2.2, 2.1]), np.array([0.5, 0.3, 0.4])
+    for seed, end in enumerate(ends):
+        write_log(f"ntp_{seed}", [5.0, 3.0, end], seed, lr=1.0)
+        write_log(f"mix_{seed}", [5.0, 2.5, end - ahead[seed]], seed, lr=2.0, teacher=seed)
+    write_log("worse", [5.0, 4.0, 3.0])
+    rows = command(train_module, "report", "ntp_0", "ntp_1", "ntp_2", "mix_0/", "mix_1", "mix_2",
+                   "worse").splitlines()
+    error = ahead.std(ddof=1) / 3 ** 0.5
     saved = 100 * (1 - (200 + 100 * (2.5 - ends) / (2.5 - ends + ahead)) / 300)
-    assert found["out/mix_*"][7] == f"{saved.mean():.1f} ± {saved.std(ddof=1):.1f}"
-    assert found["out/worse"][6:] == ["+1.0000", "- (0 of 1)"]
-    found = report(monkeypatch, capsys, "out/ntp_0", "out/mix_0", "--baseline", "out/mix_0")
-    assert found["out/ntp_*"][6:] == ["+0.5000", "- (0 of 1)"] and found["out/mix_*"][6] == "-"
+    saved = f"{saved.mean():.1f} ± {saved.std(ddof=1):.1f}"
+    assert rows[2:] == [
+        "| ntp_* | 3 | 1,000 | 300 | 1.50e+04 | 6 | 2.1000 ± 0.1000 | - | - |",
+        "| mix_* | 3 | 1,000 | 300 | 1.50e+04 | 6 | 1.7000 ± 0.2000 | "
+        f"-0.4000 ± {error:.4f} | {saved} |",
+        "| worse | 1 | 1,000 | 300 | 1.50e+04 | 6 | 3.0000 | +1.0000 | - (0 of 1) |"]
+    rows = command(train_module, "report", "ntp_0", "mix_0", "--baseline", "mix_0").splitlines()
+    assert rows[2].endswith("| 1.5000 | - | - |")
+    assert rows[3].endswith("| 2.0000 | +0.5000 | - (0 of 1) |")
 
 
-def test_reports_refuse_what_they_cannot_compare(tmp_path, monkeypatch, capsys):
+def test_reports_refuse_what_they_cannot_compare(tmp_path, command):
     good, torn, unfinished, foreign = (write_log(tmp_path / name, [5.0, 3.0], lr=1.0)
                                        for name in ("a_0", "torn", "unfinished", "foreign"))
     text = Path(good, "log.jsonl").read_text()
@@ -1107,31 +1096,27 @@ def test_reports_refuse_what_they_cannot_compare(tmp_path, monkeypatch, capsys):
     Path(unfinished, "log.jsonl").write_text(text.rpartition("\n{")[0])
     Path(foreign, "log.jsonl").write_text('{"loss": 1}\n')
     for other, words in ((torn, "damaged"), (unfinished, "unfinished, at step 1 of 2"),
-                         (foreign, "no log of train.py"), (str(tmp_path / "none"), "missing"),
+                         (foreign, "no log of train.py"), (tmp_path / "none", "missing"),
                          (write_log(tmp_path / "o", [5.0], validation="w"), "different tokens"),
                          (write_log(tmp_path / "a_1", [5.0], 1, lr=2.0), "more than its seed")):
-        with pytest.raises(ValueError, match=words):
-            report(monkeypatch, capsys, good, other)
+        assert words in command(train_module, "report", good, other)
 
 
-def test_a_picture_is_drawn(tmp_path, monkeypatch, capsys):
+def test_a_picture_is_drawn(tmp_path, command):
     pytest.importorskip("matplotlib")
     runs = [write_log(tmp_path / f"a_{seed}", [5.0, 3.0], seed) for seed in range(2)]
-    report(monkeypatch, capsys, *runs, "--plot", str(tmp_path / "p.png"))
+    command(train_module, "report", *runs, "--plot", tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_optional_packages_are_named_where_they_are_missing(tmp_path, corpus, trained):
+def test_optional_packages_are_named_where_they_are_missing(
+        tmp_path, trained, monkeypatch, command):
     run = write_log(tmp_path / "a", [5.0, 3.0])
-    blocked = tmp_path / "blocked"
-    for name in ("matplotlib", "lm_eval"):
-        (blocked / name).mkdir(parents=True)
-        text = f"raise ModuleNotFoundError('No module named {name}', name='{name}')"
-        (blocked / name / "__init__.py").write_text(text)
-    for argv, words in ((["report", run, "--plot", tmp_path / "p.png"], "pip install matplotlib"),
-                        (["eval", trained["teacher"], "--tasks", "piqa"], "pip install lm_eval")):
-        done = launch(argv, PYTHONPATH=str(blocked))
-        assert done.returncode == 1 and words in done.output and "Traceback" not in done.output
+    monkeypatch.delitem(sys.modules, "matplotlib.figure", raising=False)
+    for package, argv in (("matplotlib", ["report", run, "--plot", "p.png"]),
+                          ("lm_eval", ["eval", trained["teacher"], "--tasks", "piqa"])):
+        monkeypatch.setitem(sys.modules, package, None)  # what Python then says it is missing
+        assert f"pip install {package}" in command(train_module, *argv)
 
 
 def test_the_harness_scores_our_models_as_its_own(tmp_path):
@@ -1228,52 +1213,38 @@ def test_the_steering_study_finds_a_planted_effect():
         steerable([{**e, "rate": 0.0} for e in entries], 1)
 
 
-def cocomix_main(monkeypatch, capsys, *argv):
-    import cocomix
-    monkeypatch.setattr(sys, "argv", ["cocomix.py", *argv])
-    cocomix.main()
-    return capsys.readouterr().out
-
-
-def test_generating_inspecting_and_steering(student, trained, monkeypatch, capsys):
+def test_generating_inspecting_and_steering(student, trained, monkeypatch, command):
     ckpt = load_checkpoint(student, "model")
     model, encoding = CoCoMix.from_checkpoint(ckpt), get_tokenizer(ckpt["vocabulary"])
     idx = torch.tensor([encoding.encode_ordinary("the cat")])
-    plain = ("--prompt", "the cat", "--tokens", "20", "--temperature", "0")
-    want = [encoding.decode(model.generate(idx, 20, temperature=0, steer=steer)[0].tolist())
-            for steer in (None, {3: 29.0, 5: -2.5})]
-    assert cocomix_main(monkeypatch, capsys, student, *plain).strip() == want[0].strip()
-    output = cocomix_main(monkeypatch, capsys, student, *plain, "--steer", "3=+29", "5=-2.5")
-    assert want[0] in output and want[1] in output and want[0] != want[1]
-    entries = json.loads(Path(trained["sae"]).with_suffix(".concepts.json").read_text())["concepts"]
-    inspected = cocomix_main(monkeypatch, capsys, student, "--prompt", "the cat", "--inspect")
-    strongest = model(idx).concept_logits[0].topk(4).indices.tolist()
-    for line, ids in zip(inspected.splitlines()[1:], strongest, strict=True):
+    ask = student, "--prompt", "the cat", "--tokens", 20, "--temperature", 0
+    want, steered = (encoding.decode(model.generate(idx, 20, 0, steer=steer)[0].tolist())
+                     for steer in (None, {3: 29.0, 5: -2.5}))
+    assert command(cocomix_module, *ask) == f"{want}\n"
+    output = command(cocomix_module, *ask, "--steer", "3=+29", "5=-2.5")
+    assert want in output and steered in output and want != steered
+    lines = command(cocomix_module, *ask, "--inspect").splitlines()[1:]
+    entries = load_dictionary(student, ckpt)
+    for line, ids in zip(lines, model(idx).concept_logits[0].topk(4).indices.tolist(), strict=True):
         assert [int(i) for i in re.findall(r"(?:^'.+?' +|\| )(\d+) \(", line)] == ids
         assert not entries[ids[0]]["tokens"] or repr(entries[ids[0]]["tokens"][0][1]) in line
     monkeypatch.setattr(study, "__defaults__", ((-4, 4), 2))
-    study_lines = cocomix_main(monkeypatch, capsys, student, "--study").splitlines()
-    assert len(study_lines) == 4 and re.match(r"\| -4 \| 0\.\d{4} \| 0\.\d{4} \|", study_lines[2])
+    lines = command(cocomix_module, student, "--study").splitlines()
+    assert len(lines) == 4 and re.match(r"\| -4 \| 0\.\d{4} \| 0\.\d{4} \|", lines[2])
 
 
-@pytest.mark.parametrize("argv,words", [
-    (["--prompt", ""], "prompt is empty"), (["--prompt", "a", "--steer", "64=+1"], "no concept 64"),
-    (["--prompt", "a", "--steer", "17"], "invalid concept_strength value: '17'"),
-    (["--prompt", "a" * 99, "--inspect"], "block_size=16"), (["--prompts", "a"], "mean --prompt?")])
-def test_bad_questions_get_clear_answers(student, monkeypatch, capsys, argv, words):
-    with pytest.raises((ValueError, SystemExit)) as error:
-        cocomix_main(monkeypatch, capsys, student, *argv)
-    assert words in str(error.value) + capsys.readouterr().err
-
-
-def test_wrong_dictionaries_are_refused(student, trained, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="predicts no concepts"):
-        cocomix_main(monkeypatch, capsys, trained["teacher"], "--prompt", "a", "--inspect")
+def test_bad_questions_get_clear_answers(student, trained, command):
+    for argv, words in ((["--prompt", ""], "prompt is empty"), (["--prompts"], "mean --prompt?"),
+                        (["--prompt", "a", "--steer", "64=+1"], "no concept 64"),
+                        (["--steer", "17"], "invalid concept_strength value: '17'"),
+                        (["--prompt", "a" * 99, "--inspect"], "block_size=16")):
+        assert words in command(cocomix_module, student, *argv)
+    ask = "--prompt", "a", "--inspect"
+    assert "predicts no concepts" in command(cocomix_module, trained["teacher"], *ask)
     dictionary = Path(trained["sae"]).with_suffix(".concepts.json")
     good = dictionary.read_text()
     dictionary.write_text('{"sae": "other", "concepts": []}')
-    with pytest.raises(ValueError, match="sae.py describe"):
-        cocomix_main(monkeypatch, capsys, student, "--prompt", "a", "--inspect")
+    assert "sae.py describe" in command(cocomix_module, student, *ask)
     dictionary.write_text(good)
 
 
