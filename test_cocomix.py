@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
 import torch.nn.functional as F
 
@@ -212,17 +213,17 @@ def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
 
 def hf_names(model, prefix=""):
     """A model's tensors under Hugging Face's names and in its layout, with what old files carry."""
-    tensors, old = {prefix + "h.0.attn.bias": torch.ones(1, 1, T, T)}, {
-        "concept.predictor": "concept_predictor", "concept.compress": "compress_layer",
-        "concept.pre_bias": "pre_bias"}
+    tensors = {"h.0.attn.bias": torch.ones(1, 1, T, T)}
     for name, p in model.state_dict().items():
-        p = p.T if re.search(r"(c_attn|c_proj|c_fc)\.weight", name) else p
-        name = prefix + re.sub("|".join(old), lambda found: old[found[0]], name)
-        tensors[name] = p[:V if name.endswith("wte.weight") else None].detach().contiguous()
-    return {**tensors, "lm_head.weight": tensors[prefix + "wte.weight"]} if prefix else tensors
+        name = name.replace("concept.predictor", "concept_predictor")
+        name = name.replace("concept.compress", "compress_layer").removeprefix("concept.")
+        turned = re.search(r"(c_attn|c_proj|c_fc)\.weight", name)
+        tensors[name] = (p.T if turned else p[:V] if name == "wte.weight" else p).contiguous()
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    return {**tensors, "lm_head.weight": tensors[prefix + "wte.weight"]}
 
 
-def write_safetensors(path, tensors):
+def write_safetensors(tensors, path):
     """By the format's description: length, JSON header, data."""
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, t in tensors.items():
@@ -235,62 +236,61 @@ def write_safetensors(path, tensors):
 
 
 @pytest.mark.parametrize("mix", ["none", "concept"])
-@pytest.mark.parametrize("prefix", ["", "transformer."])
-@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_load_hf_gives_back_the_model(tmp_path, mix, prefix, suffix):
-    model, path = small(mix, n_head=2), tmp_path / f"model{suffix}"
-    (write_safetensors if suffix == ".safetensors" else lambda p, t: torch.save(t, p))(
-        path, hf_names(model, prefix))
-    got, want = load_hf(path, model.config)(tokens(2, T)), model(tokens(2, T))
-    if mix == "concept":
-        assert torch.equal(got.logits, want.logits)
-    else:  # centred: every position's logits are moved by a constant, to a mean near 0
-        got, want = got.logits, want.logits
-        assert torch.allclose(got.log_softmax(-1), want.log_softmax(-1), atol=1e-4)
-        assert got.mean().abs() < 1e-3 < (got - want).abs().max()
+@pytest.mark.parametrize("write,name,prefix", [
+    (write_safetensors, "model.safetensors", ""), (torch.save, "pytorch_model.bin", "transformer.")])
+def test_load_hf_gives_back_the_model(tmp_path, mix, write, name, prefix):
+    model, path = small(mix, n_head=2), tmp_path / name
+    write(hf_names(model, prefix), path)
+    got, want = (m(tokens(2, T)).logits for m in (load_hf(path, model.config), model))
+    assert torch.allclose(got.log_softmax(-1), want.log_softmax(-1), atol=1e-4)
+    assert torch.equal(got, want) == (mix == "concept")  # a plain GPT is centred
 
 
 def test_load_hf_infers_sizes_and_names_what_is_wrong(tmp_path):
-    model, path = small("none", n_embd=128, n_head=2), tmp_path / "m.safetensors"
+    path = tmp_path / "model.safetensors"
+    model = CoCoMix(CoCoMixConfig(V, "none", T, n_layer=3, n_head=2, n_embd=128))
     tensors = hf_names(model)
-    write_safetensors(path, tensors)
-    same = ("n_layer", "n_head", "n_embd", "vocab_size", "block_size", "mix")
-    assert all(getattr(load_hf(path).config, k) == getattr(model.config, k) for k in same)
+    write_safetensors(tensors, path)
+    assert load_hf(path).config == model.config
     whole = path.read_bytes()
     for content in (whole[:-5], whole[:40], b"", b"nonsense, and more of it"):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="download it again"):
             load_hf(path)
     del tensors["ln_f.bias"]
-    write_safetensors(path, tensors | {"extra": torch.ones(2), "h.1.ln_1.weight": torch.ones(7)})
+    write_safetensors(tensors | {"extra": torch.ones(2), "h.1.ln_1.weight": torch.ones(7)}, path)
     with pytest.raises(ValueError, match=r"ln_f.bias.*extra.*h.1.ln_1.weight"):
         load_hf(path)
-    write_safetensors(path, hf_names(small(), "transformer."))
+    write_safetensors(hf_names(small()), path)
     with pytest.raises(ValueError, match="does not say its n_head, insert_layer and k_concepts"):
         load_hf(path)
 
 
-def test_load_hf_is_transformers_gpt2(tmp_path):
+def random_gpt2(folder):
+    """A GPT-2 of the package transformers, with random weights, also saved in `folder`."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=300, n_positions=T, n_embd=128, n_layer=3, n_head=2))
-    with torch.no_grad():
-        for p in theirs.eval().parameters():
-            p.add_(0.1 * torch.randn_like(p))
-        want = theirs(tokens(2, T)).logits
-    theirs.save_pretrained(tmp_path)
-    got = load_hf(tmp_path / "model.safetensors")(tokens(2, T)).logits
+        vocab_size=300, n_positions=64, n_embd=128, n_layer=3, n_head=2)).eval()
+    for p in theirs.requires_grad_(False).parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(folder)
+    return theirs
+
+
+def test_load_hf_is_transformers_gpt2(tmp_path):
+    want = random_gpt2(tmp_path)(tokens(2, 64)).logits
+    got = load_hf(tmp_path / "model.safetensors")(tokens(2, 64)).logits
     assert torch.allclose(got.log_softmax(-1), want.log_softmax(-1), atol=1e-4)
 
 
 # ---- concept labels ------------------------------------------------------------------------------
 
-def teacher_and_sae(seed=0, n_latents=96, k=8):
-    teacher = small("none", seed=seed, n_layer=3, scale=6.0).requires_grad_(False)
-    torch.manual_seed(seed + 1)
-    sae = TopKSAE(D, n_latents, k).requires_grad_(False).eval()
-    sae.pre_bias.normal_(0, 0.1), sae.latent_bias.normal_(0, 0.1)
+def teacher_and_sae(scale=6.0):
+    teacher = small("none", n_layer=3, scale=scale).requires_grad_(False)
+    sae = TopKSAE(D, 96, 8).requires_grad_(False).eval()
+    sae.pre_bias.normal_(0, 0.1)
+    sae.latent_bias.normal_(0, 0.1)
     return teacher, sae
 
 
@@ -353,23 +353,21 @@ def test_shuffled_labels_are_those_of_another_token_of_the_window():
         assert sorted(a.tolist()) == sorted(b.tolist()) and (a != b).any(1).float().mean() > 0.7
 
 
-def test_a_centred_teacher_labels_in_bf16_as_in_fp32_wherever_its_logits_lie(tmp_path):
+def test_a_centred_teacher_labels_in_bf16_wherever_its_logits_lie(tmp_path):
     """GPT-2's lie near -100, where bf16 rounds to halves; load_hf moves them to 0."""
-    _, sae = teacher_and_sae()
-    teacher, idx, targets = small("none", n_layer=3, scale=4.0), tokens(16, T), tokens(16, T)
-    with torch.no_grad():
-        teacher.ln_f.weight[0], teacher.ln_f.bias[0], teacher.wte.weight[:, 0] = 0.0, 1.0, 0.0
-    same = {}
+    (teacher, sae), labels = teacher_and_sae(scale=4.0), []
+    idx, targets, path = tokens(16, T), tokens(16, T), tmp_path / "model.safetensors"
+    teacher.ln_f.weight[0] = 0.0  # dimension 0 is 1 at the top: it moves all logits
+    teacher.ln_f.bias[0] = 1.0
     for shift in (0.0, -80.0):
-        with torch.no_grad():
-            teacher.wte.weight[:, 0] = shift
-            teacher.wpe.weight[:, 0] = -shift
-        assert abs(teacher(idx).logits.mean().item() - shift) < 3
-        write_safetensors(tmp_path / "t.safetensors", hf_names(teacher))
-        loaded = load_hf(tmp_path / "t.safetensors", teacher.config).requires_grad_(False)
+        teacher.wte.weight[:, 0] = shift
+        teacher.wpe.weight[:, 0] = -shift  # at the bottom it is 0
+        assert abs(teacher(idx).logits.mean() - shift) < 3
+        write_safetensors(hf_names(teacher), path)
+        loaded = load_hf(path, teacher.config).requires_grad_(False)
         with torch.autocast("cpu", torch.bfloat16):
-            same[shift] = concept_labels(loaded, sae, idx, targets, 1)
-    assert (same[0.0] == same[-80.0]).all(-1).float().mean() >= 0.99
+            labels.append(concept_labels(loaded, sae, idx, targets, 1))
+    assert (labels[0] == labels[1]).all(-1).float().mean() >= 0.99
 
 
 def test_labels_are_made_once_and_a_torn_file_is_mended(tmp_path):
@@ -1001,7 +999,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path, command):
 def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch, command):
     """--teacher gpt2 --sae openai:1, with small files of the same formats under their addresses."""
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    write_safetensors(tmp_path / "gpt2.safetensors", hf_names(small("none", n_head=1, n_embd=64)))
+    write_safetensors(hf_names(small("none", n_head=1, n_embd=64)), tmp_path / "gpt2.safetensors")
     for layer in (1, 7):
         openai_file(tmp_path / f"{layer}.pt", 64, 80)
     monkeypatch.setattr(sae_module, "GPT2", ((tmp_path / "gpt2.safetensors").as_uri(), "", None))
@@ -1121,37 +1119,23 @@ def test_optional_packages_are_named_where_they_are_missing(
 
 def test_the_harness_scores_our_models_as_its_own(tmp_path):
     """A random GPT-2, loaded by us and by transformers, asked by lm-evaluation-harness."""
-    for package in ("lm_eval", "accelerate", "transformers", "tokenizers"):
+    for package in ("lm_eval", "accelerate", "transformers"):
         pytest.importorskip(package)
-    import tokenizers
-    import transformers
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    torch.manual_seed(0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=V, n_positions=64, n_embd=128, n_layer=2, n_head=2, bos_token_id=256,
-        eos_token_id=256)).eval()
-    with torch.no_grad():
-        for p in theirs.parameters():
-            p.mul_(6.0)  # beyond its small initialisation, where all continuations are alike
-    theirs.save_pretrained(tmp_path)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    spare = iter(sorted(c for c in alphabet if ord(c) > 255))  # bytes without a printable form
-    vocab = {chr(b) if chr(b) in alphabet else next(spare): b for b in range(256)}
-    fast = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    fast.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    fast.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, eos_token=EOT,
-                                                     bos_token=EOT, pad_token=EOT)
-    reference = HFLM(theirs, tokenizer=tokenizer, batch_size=2, max_length=64, device="cpu")
-    encoding = get_tokenizer({"tokenizer": "bpe", "merged": []})
+    from transformers import ByT5Tokenizer
+    reference = HFLM(random_gpt2(tmp_path), tokenizer=ByT5Tokenizer(), add_bos_token=False,
+                     batch_size=2, max_length=64, device="cpu")
+    ranks = {bytes([b]): b + 3 for b in range(256)}  # ByT5's; its </s> is 1
+    encoding = tiktoken.Encoding("ByT5", pat_str=data_module.PATTERN, mergeable_ranks=ranks,
+                                 special_tokens={EOT: 1})
     ours = train_module.harness(load_hf(tmp_path / "model.safetensors"), encoding, World("cpu"))
     rng, words = np.random.default_rng(0), "the cat saw a dog near old houses in rain".split()
     text = [" ".join(rng.choice(words, n)) for n in (8, 12, 5, 30, 9, 40)]  # some beyond the block
     pairs = [Instance("loglikelihood", {}, (t, f" {word}"), 0) for t in text for word in words]
-    whole = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in text]
     want, got = (lm.loglikelihood(pairs) for lm in (reference, ours))
     assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-4)
+    whole = [Instance("loglikelihood_rolling", {}, (t,), 0) for t in text]
     want, got = (lm.loglikelihood_rolling(whole) for lm in (reference, ours))
     assert got == pytest.approx(want, rel=1e-4)
 
