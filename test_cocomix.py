@@ -36,21 +36,20 @@ from train import TrainSettings, distillation, learning_rate, preset, train
 HERE = Path(__file__).parent
 torch.set_num_threads(1)  # tiny tensors: threads only cost; bit-exact comparisons need their number
 V, T, D = 257, 16, 32
-SMALL = dict(init_std=0.02, block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=D, insert_layer=2,
-             n_concepts=64, k_concepts=5)
+SMALL = dict(init_std=0.02, block_size=T, vocab_size=V, n_layer=4, n_head=4, n_embd=D,
+             insert_layer=2, n_concepts=64, k_concepts=5)
 FORMS = [("none", {}), ("pause", {}), ("concept", {}), ("concept", {"insert_layer": 0}),
          ("concept", {"insert_layer": 3}), ("concept", {"concept_residual": True}),
          ("pause", {"concept_residual": True}), ("concept", {"insertion": "add"}),
          ("concept", {"insertion": "none"})]
 
 
-def small(mix="concept", seed=0, scale=8.0, **changes):
-    """A small model whose weights are large enough that every term shows in its output."""
-    torch.manual_seed(seed)
+def small(mix="concept", noise=0.16, **changes):
+    """A small model, with noise on all weights, enough that every term shows in its output."""
+    torch.manual_seed(0)
     model = CoCoMix(CoCoMixConfig(**{**SMALL, "mix": mix, **changes}))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.02 * scale + (p.dim() == 1 and bool((p == 1).all())))
+    for p in model.parameters():
+        p.data.add_(noise * torch.randn_like(p))
     return model
 
 
@@ -211,7 +210,7 @@ def test_impossible_models_are_refused(changes, words):
 
 
 def test_bf16_autocast_keeps_concepts_in_fp32_and_stays_close():
-    model, idx = small(scale=2.0), tokens(2, T)
+    model, idx = small(noise=0.04), tokens(2, T)
     with torch.autocast("cpu", torch.bfloat16):
         out = model(idx, idx, tokens(2, T, 4, below=64))
     out.loss.backward()
@@ -247,10 +246,10 @@ def write_safetensors(tensors, path):
 
 
 @pytest.mark.parametrize("mix", ["none", "concept"])
-@pytest.mark.parametrize("write,name,prefix", [
-    (write_safetensors, "model.safetensors", ""), (torch.save, "pytorch_model.bin", "transformer.")])
-def test_load_hf_gives_back_the_model(tmp_path, mix, write, name, prefix):
-    model, path = small(mix, n_head=2), tmp_path / name
+@pytest.mark.parametrize("write,suffix,prefix", [
+    (write_safetensors, "safetensors", ""), (torch.save, "bin", "transformer.")])
+def test_load_hf_gives_back_the_model(tmp_path, mix, write, suffix, prefix):
+    model, path = small(mix, n_head=2), tmp_path / f"model.{suffix}"
     write(hf_names(model, prefix), path)
     got, want = (m(tokens(2, T)).logits for m in (load_hf(path, model.config), model))
     assert torch.allclose(got.log_softmax(-1), want.log_softmax(-1), atol=1e-4)
@@ -297,8 +296,8 @@ def test_load_hf_is_transformers_gpt2(tmp_path):
 
 # ---- concept labels ------------------------------------------------------------------------------
 
-def teacher_and_sae(scale=6.0):
-    teacher = small("none", n_layer=3, scale=scale).requires_grad_(False)
+def teacher_and_sae(noise=0.12):
+    teacher = small("none", n_layer=3, noise=noise).requires_grad_(False)
     sae = TopKSAE(D, 96, 8).requires_grad_(False).eval()
     sae.pre_bias.normal_(0, 0.1)
     sae.latent_bias.normal_(0, 0.1)
@@ -383,7 +382,7 @@ def test_labels_are_made_once_and_a_torn_file_is_mended(tmp_path):
 
 def test_a_centred_teacher_labels_in_bf16_wherever_its_logits_lie(tmp_path):
     """GPT-2's lie near -100, where bf16 rounds to halves; load_hf moves them to 0."""
-    (teacher, sae), labels = teacher_and_sae(scale=4.0), []
+    (teacher, sae), labels = teacher_and_sae(noise=0.08), []
     idx, targets, path = tokens(16, T), tokens(16, T), tmp_path / "model.safetensors"
     teacher.ln_f.weight[0] = 0.0  # dimension 0 is 1 at the top: it moves all logits
     teacher.ln_f.bias[0] = 1.0
@@ -676,8 +675,6 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ["ckpt.pt"] and (tmp_path / "ckpt.pt").read_bytes() == before
-    with pytest.raises(OSError):
-        a_run(tmp_path / "ckpt.pt/below_a_file").save()
 
 
 class Hostile:
@@ -842,21 +839,23 @@ def logged(out):
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
+def assert_equal(out, other):
+    """Two runs have the same weights and the same log, bit for bit."""
+    a, b = weights(out), weights(other)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert logged(out) == logged(other)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_same_command_goes_on_bit_for_bit(corpus, trained, tmp_path, how):
     s = settings(corpus, tmp_path / "cut", **trained, steps=90, save_interval=7)
-    whole, _ = train(replace(s, out=str(tmp_path / "whole")), World("cpu"))
+    train(replace(s, out=str(tmp_path / "whole")), World("cpu"))
     code, output = kill(launch(flags(s), wait=False), tmp_path / "cut/log.jsonl", 5, how)
     at = load_checkpoint(tmp_path / "cut/ckpt.pt", "model")["step"]
     assert code == {signal.SIGTERM: 1, signal.SIGKILL: -9}[how] and 7 <= at < 90, output
     assert at % 7 == 0 if how == signal.SIGKILL else "the same command goes on" in output
     assert launch(flags(s)).returncode == 0
-    assert all(torch.equal(a, b) for a, b in zip(weights(tmp_path / "cut").values(),
-                                                 whole.state_dict().values(), strict=True))
-    assert logged(tmp_path / "cut") == logged(tmp_path / "whole")
-    before = (tmp_path / "cut/ckpt.pt").stat().st_mtime_ns
-    train(s, World("cpu"))  # found finished
-    assert (tmp_path / "cut/ckpt.pt").stat().st_mtime_ns == before
+    assert_equal(tmp_path / "cut", tmp_path / "whole")
     with pytest.raises(ValueError, match="lr 0.004 there, 0.001 here; concept_weight default"):
         train(replace(s, lr=1e-3, concept_weight=0.25), World("cpu"))
 
@@ -907,13 +906,13 @@ def test_kept_labels_train_as_fresh_ones_do(corpus, trained, tmp_path, monkeypat
         old.unlink()
     made, make = [], train_module.concept_labels
     monkeypatch.setattr(train_module, "concept_labels", lambda *a: made.append(1) or make(*a))
-    for name in ("fresh", "first", "second"):  # the first makes them, the second finds them
-        before = len(made)
-        train(settings(corpus, tmp_path / name, **trained, keep_labels=name != "fresh"), World("cpu"))
-        assert all(map(torch.equal, weights(tmp_path / name).values(),
-                       weights(tmp_path / "fresh").values()))
-        assert logged(tmp_path / name) == logged(tmp_path / "fresh")
-        assert (len(made) == before) == (name == "second")
+    counts = []
+    for name in ("fresh", "first", "second"):
+        s = settings(corpus, tmp_path / name, **trained, keep_labels=name != "fresh")
+        train(s, World("cpu"))
+        assert_equal(tmp_path / name, tmp_path / "fresh")
+        counts.append(len(made))
+    assert counts[0] < counts[1] == counts[2]  # the first keeps what it makes, the second finds it
 
 
 def test_a_fork_that_adds_a_setting_goes_on_with_older_runs(corpus, tmp_path):
@@ -1017,12 +1016,10 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_a_tenth():
 
 
 def test_distillation_is_its_definition():
-    ours, theirs = torch.randn(2, 3, 7, requires_grad=True), torch.randn(2, 3, 7)
-    kl, q = distillation(ours, theirs), theirs.softmax(-1)
+    ours, theirs = torch.randn(2, 3, 7), torch.randn(2, 3, 7)
+    q = theirs.softmax(-1)
     want = (q * (q.log() - ours.log_softmax(-1))).sum(-1).mean()
-    assert kl.item() == pytest.approx(want.item(), rel=1e-5)
-    got, want = (torch.autograd.grad(x, ours)[0] for x in (kl, want))
-    assert torch.allclose(got, want, atol=1e-6) and distillation(theirs, theirs).abs() < 1e-6
+    assert torch.allclose(distillation(ours, theirs), want)
 
 
 def test_the_whole_method_in_one_command(tmp_path, corpus):
@@ -1030,9 +1027,10 @@ def test_the_whole_method_in_one_command(tmp_path, corpus):
     done = launch(flags(s), processes=2, LC_ALL="C")
     assert done.returncode == 0, done.output
     report = (tmp_path / "report.md").read_text("utf-8")
-    assert report in done.output and re.search(r"cocomix \| 1 .* \| [+-]\d", report), done.output
+    assert report in done.output and re.search(r"cocomix \| 1 .* \| [+-]\d", report)
     continued, thoughts, steered = (block.splitlines() for block in report.split("```")[1::2])
     assert "----" in continued and continued[1][:8] == steered[1][:8] and len(thoughts) == 11
+    assert (tmp_path / "curves.png").exists() or "pip install matplotlib" in report
     files = [tmp_path / f for f in ("ntp/ckpt.pt", "sae/ckpt.concepts.json", "cocomix/ckpt.pt")]
     before = [path.stat().st_mtime_ns for path in files]
     train_module.pipeline(s, World("cpu"))  # every stage is found finished
@@ -1090,13 +1088,6 @@ def test_reports_refuse_what_they_cannot_compare(tmp_path, command):
                          (write_log(tmp_path / "o", [5.0], validation="w"), "different tokens"),
                          (write_log(tmp_path / "a_1", [5.0], 1, lr=2.0), "more than its seed")):
         assert words in command(train_module, "report", good, other)
-
-
-def test_a_picture_is_drawn(tmp_path, command):
-    pytest.importorskip("matplotlib")
-    runs = [write_log(tmp_path / f"a_{seed}", [5.0, 3.0], seed) for seed in range(2)]
-    command(train_module, "report", *runs, "--plot", tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_optional_packages_are_named_where_they_are_missing(
@@ -1172,16 +1163,13 @@ def test_the_dictionary_is_what_a_brute_force_pass_finds(corpus, trained, studen
 
 
 def test_the_steering_study_finds_a_planted_effect():
-    model = small(n_layer=2, insert_layer=1, concept_residual=True, scale=1.0)
-    with torch.no_grad():
-        model.wte.weight.mul_(20)  # sharp predictions
-        model.concept.compress.weight.mul_(0.01)
-        model.concept.compress.weight[:, 3] = 40 * model.wte.weight[7]  # concept 3 says token 7
-        model.concept.compress.weight[:, 4] = 40 * model.wte.weight[9]
-    says = {3: [7, "x", 0.9, 9.0], 4: [9, "y", 0.8, 9.0], 5: [9, "y", 0.7, 9.0],
-            2: [11, "z", 0.6, 9.0]}
-    entries = [{"id": c, "rate": 0.5, "tokens": [], "next": [says.get(c, [12, "w", 0.05, 2.0])]}
-               for c in range(64)]
+    model = small(n_layer=2, insert_layer=1, concept_residual=True, noise=0.02)
+    words = model.requires_grad_(False).wte.weight.mul_(20)  # sharp predictions
+    model.concept.compress.weight.mul_(0.01)
+    model.concept.compress.weight[:, 3:5] = 40 * words[[7, 9]].T  # 3 says token 7, 4 says 9
+    entries = [{"id": c, "rate": 0.5, "next": [[12, "w", 0.05, 2.0]]} for c in range(64)]
+    for concept, token, share in ((3, 7, 0.9), (4, 9, 0.8), (5, 9, 0.7), (2, 11, 0.6)):
+        entries[concept]["next"] = [[token, "x", share, 9.0]]
     down, still, up = study(model, tokens(6, 4), entries, (-8, 0, 8), concepts=2)
     assert still[1] == still[2] < 0.2 and up[1] > 0.9 > 0.5 > up[2] and down[1] < 0.2
     assert [e["id"] for e in steerable(entries, 3)] == [3, 4, 2]  # 5 says what 4 says
@@ -1236,10 +1224,9 @@ def test_a_compiled_step_is_one_graph_with_the_same_gradients():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("mix", ["none", "pause", "concept"])
-def test_compiled_bf16_step_is_close_to_eager_fp32(mix):
-    model, idx = small(mix, scale=2.0).cuda(), tokens(2, T).cuda()
-    labels = tokens(2, T, 4, below=64).cuda() if mix == "concept" else None
+def test_compiled_bf16_step_is_close_to_eager_fp32():
+    model, idx = small(noise=0.04).cuda(), tokens(2, T).cuda()
+    labels = tokens(2, T, 4, below=64).cuda()
     want = model(idx, idx, labels).loss
     with torch.autocast("cuda", torch.bfloat16):
         got = torch.compile(model)(idx, idx, labels).loss
