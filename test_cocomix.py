@@ -26,7 +26,7 @@ import data as data_module
 import sae as sae_module
 import train as train_module
 from cocomix import (CoCoMix, CoCoMixConfig, GenerateSettings, load_dictionary, load_hf,
-                     standardise, steerable, study)
+                     steerable, study)
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
                   load_checkpoint, open_shard, parse, prepare, train_bpe)
 from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint,
@@ -438,7 +438,6 @@ def openai_file(path, D_t=24, C=96, k=6):
               "latent_bias": torch.randn(C), "decoder.weight": torch.randn(D_t, C),
               "stats_last_nonzero": torch.zeros(C), "activation": "TopK",
               "activation_state_dict": {"k": k, "postact_fn": "ReLU"}}
-    path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(theirs, path)
     return theirs
 
@@ -635,7 +634,7 @@ def tar(members, mode):
 def test_public_texts_come_from_their_addresses(tmp_path, monkeypatch):
     """OpenWebText's tar of tar.xz, FineWeb's shards, tinyshakespeare, in their formats."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("OPENWEBTEXT", "FINEWEB", "SHAKESPEARE"):
         address = getattr(data_module, name).rpartition("/")[2]
         monkeypatch.setattr(data_module, name, f"{tmp_path.as_uri()}/{address}")
@@ -803,19 +802,23 @@ def opened(trained):
 def flags(s):
     """Settings as command-line flags."""
     given = {k: v for k, v in vars(s).items() if v != getattr(type(s), k)}
-    words = [[f"--{k}"] if v is True else [f"--{k}", str(v)] for k, v in given.items()]
-    return [word for pair in words for word in pair]
+    return [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
 
 
-def launch(arguments, script="train.py", processes=1, wait=True, **env):
+def start(arguments, script="train.py", processes=1, **env):
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    process = subprocess.Popen(
-        [sys.executable, *torchrun[:4 * (processes > 1)], str(HERE / script), *map(str, arguments)],
+    return subprocess.Popen(
+        [sys.executable, *torchrun[:4 * (processes > 1)], HERE / script, *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8",
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **env})
-    if wait:
-        process.output = process.communicate(timeout=120)[0]
-    return process
+
+
+def launch(*arguments, **more):
+    """`start`, and wait for the end -> its output."""
+    process = start(*arguments, **more)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
 
 
 def kill(process, log, lines, how):
@@ -850,11 +853,11 @@ def assert_equal(out, other):
 def test_the_same_command_goes_on_bit_for_bit(corpus, trained, tmp_path, how):
     s = settings(corpus, tmp_path / "cut", **trained, steps=90, save_interval=7)
     train(replace(s, out=str(tmp_path / "whole")), World("cpu"))
-    code, output = kill(launch(flags(s), wait=False), tmp_path / "cut/log.jsonl", 5, how)
+    code, output = kill(start(flags(s)), tmp_path / "cut/log.jsonl", 5, how)
     at = load_checkpoint(tmp_path / "cut/ckpt.pt", "model")["step"]
     assert code == {signal.SIGTERM: 1, signal.SIGKILL: -9}[how] and 7 <= at < 90, output
     assert at % 7 == 0 if how == signal.SIGKILL else "the same command goes on" in output
-    assert launch(flags(s)).returncode == 0
+    launch(flags(s))
     assert_equal(tmp_path / "cut", tmp_path / "whole")
     with pytest.raises(ValueError, match="lr 0.004 there, 0.001 here; concept_weight default"):
         train(replace(s, lr=1e-3, concept_weight=0.25), World("cpu"))
@@ -862,7 +865,7 @@ def test_the_same_command_goes_on_bit_for_bit(corpus, trained, tmp_path, how):
 
 def test_two_ranks_stop_together_on_sigterm(corpus, tmp_path):
     s = settings(corpus, tmp_path, steps=3000, save_interval=5000, eval_interval=5000)
-    process = launch(flags(s), processes=2, wait=False)
+    process = start(flags(s), processes=2)
     _, output = kill(process, tmp_path / "log.jsonl", 4, signal.SIGTERM)  # torchrun passes it on
     at = load_checkpoint(tmp_path / "ckpt.pt", "model")["step"]
     assert "stopped after step" in output and 0 < at < 3000, output
@@ -872,8 +875,8 @@ def test_two_processes_are_one_process(corpus, trained, tmp_path):
     """8 rows a step as 2 ranks x 2 rows x 2 accumulated, and as 1 x 8 x 1: one run."""
     s = settings(corpus, tmp_path / "one", **trained, concept_weight=1.0)
     train(s, World("cpu"))
-    done = launch(flags(replace(s, out=str(tmp_path / "two"), micro_batch=2)), processes=2)
-    assert done.returncode == 0 and "2 passes x 2 rows of 16" in done.output, done.output
+    output = launch(flags(replace(s, out=str(tmp_path / "two"), micro_batch=2)), processes=2)
+    assert "2 passes x 2 rows of 16" in output
     a, b = weights(tmp_path / "two"), weights(tmp_path / "one")
     assert all(torch.allclose(a[k], b[k], atol=2e-5) for k in b)
     for got, want in zip(logged(tmp_path / "two")[1:], logged(tmp_path / "one")[1:], strict=True):
@@ -989,7 +992,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path, command):
 
 def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch, command):
     """--teacher gpt2 --sae openai:1, with small files of the same formats under their addresses."""
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    monkeypatch.setenv("HOME", str(tmp_path))
     write_safetensors(hf_names(small("none", n_head=1, n_embd=64)), tmp_path / "gpt2.safetensors")
     for layer in (1, 7):
         openai_file(tmp_path / f"{layer}.pt", 64, 80)
@@ -1024,10 +1027,9 @@ def test_distillation_is_its_definition():
 
 def test_the_whole_method_in_one_command(tmp_path, corpus):
     s = settings(corpus, tmp_path, mode="all", sae_layer=1, sae_steps=10, n_concepts=64)
-    done = launch(flags(s), processes=2, LC_ALL="C")
-    assert done.returncode == 0, done.output
+    output = launch(flags(s), processes=2, LC_ALL="C")
     report = (tmp_path / "report.md").read_text("utf-8")
-    assert report in done.output and re.search(r"cocomix \| 1 .* \| [+-]\d", report)
+    assert report in output and re.search(r"cocomix \| 1 .* \| [+-]\d", report)
     continued, thoughts, steered = (block.splitlines() for block in report.split("```")[1::2])
     assert "----" in continued and continued[1][:8] == steered[1][:8] and len(thoughts) == 11
     assert (tmp_path / "curves.png").exists() or "pip install matplotlib" in report
