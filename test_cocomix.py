@@ -816,18 +816,18 @@ def start(arguments, script="train.py", processes=1, **env):
 def launch(*arguments, **more):
     """`start`, and wait for the end -> its output."""
     process = start(*arguments, **more)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return output
 
 
 def kill(process, log, lines, how):
     """Send `how` once the log has that many lines -> (exit code, output)."""
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while time.time() < deadline and not (log.is_file() and log.read_text().count("\n") >= lines):
         time.sleep(0.005)
     process.send_signal(how)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     return process.returncode, output
 
 
@@ -901,7 +901,8 @@ def test_sae_training_on_two_processes_is_that_on_one_and_goes_on(corpus, traine
     for name, want in whole.state_dict().items():
         assert torch.allclose(found["sae"][name].float(), want.float(), atol=1e-4), name
     got, want = (logged(tmp_path / name)[-1] for name in ("two", "one"))
-    assert got == pytest.approx(want, rel=0.02)  # each rank's fvu is about its own mean
+    assert got.pop("fvu") == pytest.approx(want.pop("fvu"), rel=0.02)  # about a rank's own mean
+    assert got == pytest.approx(want, rel=1e-3)
 
 
 def test_kept_labels_train_as_fresh_ones_do(corpus, trained, tmp_path, monkeypatch):
@@ -978,7 +979,7 @@ def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path, command):
     train(settings(corpus, tmp_path / "pause", mode="pause", steps=1), World("cpu"))
     numbered(tmp_path / "words", [400], vocab=500)
     for changes, words in (
-            (dict(micro_batch=3), "1 processes x 3 rows x 16"), (dict(block_size=32), "reads 16 tokens"),
+            (dict(micro_batch=3), "1 processes x 3 rows"), (dict(block_size=32), "reads 16 tokens"),
             (dict(data=str(tmp_path / "words")), "vocabulary of 257"),
             (dict(teacher=str(tmp_path / "other/ckpt.pt")), "another teacher"),
             (dict(teacher=str(tmp_path / "pause/ckpt.pt")), "plain GPT"),

@@ -75,7 +75,8 @@ class TrainSettings(CoCoMixConfig):
     sae: str = ""  # mode cocomix: checkpoint (sae.py), or openai (for gpt2), openai:LAYER
     kd_weight: float = 1.0  # mode kd: weight of KL(teacher || student)
     n_labels: int = 4  # concept labels a token
-    rank_by: Literal["attribution", "negative", "absolute", "activation", "shuffled"] = "attribution"
+    rank_by: Literal["attribution", "negative", "absolute", "activation",
+                     "shuffled"] = "attribution"  # see concept_labels
     keep_labels: bool = True  # keep labels beside the data, 8 bytes a token, for later runs
     steps: int = 600  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
