@@ -192,10 +192,10 @@ class CoCoMix(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # of a token, above the insertion
+        # of each token, from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
-        # also the output head (tied); odd sizes are slow in bf16
-        self.wte = nn.Embedding(64 * math.ceil(config.vocab_size / 64), config.n_embd)
+        rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
+        self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
