@@ -30,8 +30,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_rows, standardise
-from data import (Run, Windows, World, atomic, fetch, get_tokenizer, identity, load_checkpoint,
-                  parse, require, run)
+from data import (GPT2, Run, Windows, World, atomic, fetch, get_tokenizer, identity,
+                  load_checkpoint, parse, require, run)
 
 
 # ---- the sparse autoencoder ----------------------------------------------------------------------
@@ -216,24 +216,30 @@ def fingerprint(module):
 
 # ---- teachers and SAEs by name -------------------------------------------------------------------
 
-GPT2 = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors", "",
+GPT2_FILE = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors", "",
         "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")
 OPENAI = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/"
           "resid_post_mlp_v5_32k/autoencoders/{}.pt")
 PAGE = "https://www.neuronpedia.org/gpt2-small/{}-res_post_32k-oai/{}"  # layer, latent
 
 
-def load_teacher(name, world):
-    """The plain GPT that `name` names, frozen, on the world's device: a checkpoint of ours, a GPT-2
-    in .safetensors or .bin, or "gpt2", which is downloaded once (548 MB)."""
-    name = world.first(lambda: fetch(*GPT2)) if name == "gpt2" else name
+def load_model(name, world):
+    """(model on the world's device, its vocabulary, the folder of its tokens) that `name` names: a
+    checkpoint of ours, a GPT-2 in .safetensors or .bin, or "gpt2", downloaded once (548 MB)."""
+    name = world.first(lambda: fetch(*GPT2_FILE)) if name == "gpt2" else name
     if Path(name).suffix in (".safetensors", ".bin"):
-        teacher = load_hf(name)
-    else:
-        teacher = CoCoMix.from_checkpoint(load_checkpoint(name, "model", mmap=True))
+        return load_hf(name).to(world.device), GPT2, ""
+    ckpt = load_checkpoint(name, "model", mmap=True)
+    return (CoCoMix.from_checkpoint(ckpt).to(world.device), ckpt["vocabulary"],
+            ckpt["settings"]["data"])
+
+
+def load_teacher(name, world):
+    """The plain GPT that `name` names (`load_model`), frozen."""
+    teacher = load_model(name, world)[0]
     require(teacher.config.mix == "none", f"{name} is a model of mix={teacher.config.mix}: a "
             "teacher is a plain GPT, as `python train.py --mode ntp` trains one")
-    return teacher.to(world.device).eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
 
 
 def load_sae(name, teacher, world):

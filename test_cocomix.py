@@ -997,7 +997,8 @@ def test_public_teacher_and_sae_by_name(corpus, tmp_path, monkeypatch, command):
     write_safetensors(hf_names(small("none", n_head=1, n_embd=64)), tmp_path / "gpt2.safetensors")
     for layer in (1, 7):
         openai_file(tmp_path / f"{layer}.pt", 64, 80)
-    monkeypatch.setattr(sae_module, "GPT2", ((tmp_path / "gpt2.safetensors").as_uri(), "", None))
+    gpt2 = (tmp_path / "gpt2.safetensors").as_uri()
+    monkeypatch.setattr(sae_module, "GPT2_FILE", (gpt2, "", None))
     monkeypatch.setattr(sae_module, "OPENAI", tmp_path.as_uri() + "/{}.pt")
     s = settings(corpus, tmp_path / "o", mode="cocomix", teacher="gpt2", sae="openai:1", steps=10)
     student, _ = train(s, World("cpu"))

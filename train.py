@@ -33,10 +33,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
                      steerable)
-from data import (GPT2, KNOWN, DataSettings, Run, Windows, World, get_tokenizer, identity,
+from data import (KNOWN, DataSettings, Run, Windows, World, atomic, get_tokenizer, identity,
                   load_checkpoint, parse, prepare, require, run)
-from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_sae, load_teacher,
-                 train_sae)
+from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
+                 load_teacher, train_sae)
 
 MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 SIZES = {  # the paper's, section 3 and appendix; NTP's width makes its parameters match
@@ -432,20 +432,11 @@ def harness(model, encoding, world):
     return Harness()
 
 
-def open_model(name, world):
-    """(model, vocabulary, folder of its tokens) of a name in `train.py eval`."""
-    if name == "gpt2" or name.endswith((".safetensors", ".bin")):
-        return load_teacher(name, world), GPT2, ""
-    ckpt = load_checkpoint(name, "model", mmap=True)
-    model = CoCoMix.from_checkpoint(ckpt).to(world.device)
-    return model, ckpt["vocabulary"], ckpt["settings"]["data"]
-
-
 def evaluate_models(settings, world):
     """The command `train.py eval`: prints a line for each model, and the harness's own table of
     the tasks."""
     for name in settings.ckpts:
-        model, vocabulary, folder = open_model(name, world)
+        model, vocabulary, folder = load_model(name, world)
         folder = settings.data or folder
         if folder:
             windows = Windows(folder, "val", model.config.block_size, 0, vocabulary["vocab_size"])
