@@ -39,7 +39,7 @@ import torch.nn.functional as F
 
 
 def require(condition, message):
-    """ValueError with the message, which says what is wrong and what mends it, unless it holds."""
+    """ValueError(message) unless condition holds: what is wrong, and what mends it."""
     if not condition:
         raise ValueError(message)
 
@@ -55,7 +55,7 @@ class CoCoMixConfig:
     n_embd: int = 96  # D: width
     init_std: float = 0.05  # of matrices at the start; GPT-2's 0.02 is for wider models
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # ablations: h + c; z alone
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # add: h + c; none: z alone
     n_concepts: int = 512  # C: latents of the SAE that labels the tokens; a given --sae says
     k_concepts: int = 16  # K: concepts kept in TopK(z); in mode all also the SAE's
     concept_weight: float = 0.5  # of the concept loss in equation (5); 0.1 in the paper
@@ -192,7 +192,8 @@ class CoCoMix(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        # of each token, from the insertion on
+        self.vocabulary = {"vocab_size": config.vocab_size}  # what is known of its tokens
+        # of a token, from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
         rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
         self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
@@ -227,10 +228,10 @@ class CoCoMix(nn.Module):
     def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
         """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
 
-        `n_valid` divides the concept loss: the step's valid labels a pass, so that passes average
-        to the step's own loss. `past`, a list for each block, holds what the first tokens of idx
-        gave there: they are not computed again, and the logits are those of the others.
-        ValueError for no tokens, or more than block_size."""
+        The concept loss is a sum divided by `n_valid`, by default the pass's valid labels: train.py
+        gives those of a step / its passes, so that each label weighs the same. `past`, a list for
+        each block, holds what the first tokens of idx gave there: they are not computed again, and
+        the logits are those of the others. ValueError for no tokens, or more than block_size."""
         h, z = self.embed(idx), None
         if past and past[-1]:
             h = h[:, past[-1][0].size(2) // self.positions:]
@@ -307,6 +308,7 @@ class CoCoMix(nn.Module):
         """The model in a checkpoint dict of kind "model" (data.load_checkpoint)."""
         model = cls(CoCoMixConfig(**ckpt["config"]))
         model.load_state_dict(ckpt["model"])
+        model.vocabulary = ckpt["vocabulary"]
         return model
 
 
@@ -420,10 +422,11 @@ def inspect(model, encoding, ids, entries, n=4):
 
 
 def steerable(entries, count):
-    """Of the concepts that fire on 1 token in 1000 or more, the `count` with the most typical
-    followers: by share * log(lift) of the first, no two with the same one."""
+    """Of the concepts that fire on 1 token in 1000 or more and have a follower of share >= 0.1, the
+    `count` with the most typical: by share * log(lift) of the first, no two with the same one."""
     often = [e for e in entries if e["rate"] >= 1e-3 and e["next"] and e["next"][0][2] >= 0.1]
-    require(often, "no concept fires on 1 token in 1000: describe the SAE on more text")
+    require(often, "no concept that fires on 1 token in 1000 has a follower of share 0.1: describe "
+            "the SAE on more text")
     often.sort(key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))
     chosen = {}
     for entry in often:  # of equal followers the first stays
@@ -431,10 +434,11 @@ def steerable(entries, count):
     return list(chosen.values())[:count]
 
 
-def follower_rate(model, prompts, entry, steer, tokens=24):
-    """The share of typical followers of a concept among tokens generated from prompts (P,T)."""
+def follower_rate(model, prompts, entry, steer):
+    """The share of a concept's typical followers in 24 tokens generated from each of prompts
+    (P,T)."""
     torch.manual_seed(0)
-    new = model.generate(prompts, tokens, steer=steer)[:, prompts.size(1):]
+    new = model.generate(prompts, 24, steer=steer)[:, prompts.size(1):]
     followers = [token for token, _, share, _ in entry["next"] if share >= 0.1]
     return torch.isin(new, torch.tensor(followers, device=new.device)).float().mean().item()
 
@@ -459,7 +463,7 @@ def main():
     ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
     if settings.study:
         T = model.config.block_size
-        text = Windows(ckpt["settings"]["data"], "val", T)
+        text = Windows(ckpt["settings"]["data"], "val", T, model=model)
         prompts = text.batch(sum(text.spread(32 * T), []), device)[0][:, :T // 4]
         print("| strength | typical followers | with a random concept steered |\n|---|---|---|")
         for row in study(model, prompts, load_dictionary(settings.ckpt, ckpt)):

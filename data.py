@@ -45,7 +45,7 @@ from tqdm import tqdm
 # ---- command lines -------------------------------------------------------------------------------
 
 def require(condition, message):
-    """ValueError with the message, which says what is wrong and what mends it, unless it holds."""
+    """ValueError(message) unless condition holds: what is wrong, and what mends it."""
     if not condition:
         raise ValueError(message)
 
@@ -54,7 +54,7 @@ def parse(cls, argv=None, presets=None, skip=()):
     """An instance of the frozen dataclass `cls` from the command line.
 
     One flag a field but those in `skip`, with its type and default, its comment as help; a tuple
-    takes several words, a field without default needs no flag. `presets(args)` gives other defaults
+    takes several words, a field without default is positional. `presets(args)` gives other defaults
     {field: value}. A wrong flag ends the program with what would be right; ValueError for what
     __post_init__ refuses."""
     source = "".join(map(inspect.getsource, cls.__mro__[:-1]))
@@ -93,7 +93,7 @@ def run(main):
                  "was saved stays, and the same command goes on")
     except ValueError as e:
         if Path(inspect.trace()[-1].filename).parent != Path(__file__).parent:
-            raise  # not by us: a bug
+            raise  # from inside a library: a bug
         sys.exit(f"error: {e}")
     finally:
         if dist.is_initialized():
@@ -234,9 +234,10 @@ def text_files(source):
         root = fetch(SHAKESPEARE)
     if source == "pystdlib":
         root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
-    paths = [p for p in list(root.rglob(pattern)) or [root] if p.is_file() and not
-             skip & set(p.relative_to(root).parts) and b"\0" not in open(p, "rb").read(8192)]
-    require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
+    paths = [p for p in list(root.rglob(pattern)) or [root]
+             if p.is_file() and p.stat().st_size and not skip & set(p.relative_to(root).parts)
+             and b"\0" not in open(p, "rb").read(8192)]
+    require(paths, f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
 
@@ -276,7 +277,7 @@ def documents(source, shards=21):
 
 def prepare(settings):
     """Make the data set that `settings` (DataSettings) describe -> its folder. ValueError for a
-    source that is missing or too short, or if the folder is there."""
+    source that is missing or empty, for a wrong vocab_size, or if the folder is there."""
     source, meta = settings.source, GPT2
     out = Path(settings.out or f"data/{Path(source).resolve().stem}")
     if source == "fineweb":
@@ -287,10 +288,13 @@ def prepare(settings):
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
-        tokenizer = settings.tokenizer.replace("auto", KNOWN.get(source, "bpe"))
+        tokenizer = settings.tokenizer
+        if tokenizer == "auto":
+            tokenizer = KNOWN.get(source, "bpe")
         if tokenizer == "bpe":
             sample = islice(documents(source), 2000)
             text = "".join(text for text, held_out in sample if not held_out).replace(EOT, "")
+            require(settings.vocab_size <= 8192, "--vocab_size is 8192 at most")
             merged = train_bpe(text[:1 << 25], settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
@@ -329,23 +333,25 @@ class Windows:
     windows of an endless stream, a fresh permutation of all windows each epoch. So over all ranks
     every window comes once an epoch, resuming needs no state, and 8 rows on 1 rank are the windows
     of 4 rows on 2 ranks. ValueError without tokens, or too few for a window; for ids beyond the
-    vocabulary, or if that is not the `vocab_size` of the model that is to read them."""
+    vocabulary, or if that is not the vocabulary of the `model` that is to read them."""
 
-    def __init__(self, folder, split, block_size, seed=0, vocab_size=None):
+    def __init__(self, folder, split, block_size, seed=0, model=None):
         self.block_size, self.seed = block_size, seed
         self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
         require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
         self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
-        self.shards, V = [open_shard(p) for p in self.paths], self.meta["vocab_size"]
+        self.shards = [open_shard(p) for p in self.paths]
         self.starts = np.cumsum([0, *(len(s) // (block_size + 1) for s in self.shards)])  # windows
         count = sum(map(len, self.shards))
         promised = self.meta.get("tokens", {}).get(split, count)
         require(count == promised and len(self), f"{folder} has {count:,} {split} tokens of "
                 f"{promised:,}, to be read {block_size} + 1 at a time: make it again, add text, or "
                 "lower --block_size")
-        require(vocab_size in (None, V), f"{folder} has a vocabulary of {V}, the model one of "
-                f"{vocab_size}: they must be the same")
+        known = model.vocabulary.items() if model else ()
+        require(all(self.meta.get(k) == v for k, v in known if k != "tokens"), f"{folder} is in "
+                "other tokens than the model's: make it with `python data.py TEXT --tokenizer` and "
+                "the folder of the model's data")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -502,7 +508,7 @@ class Run:
         means = dict(zip(losses, means.tolist()))
         elapsed = time.perf_counter() - self.clock  # after tolist, which waits for the GPU
         require(np.isfinite([*means.values()]).all(), f"{means} by step {self.ckpt['step']}: lower "
-                f"--lr. The last checkpoint stays in {self.out}")
+                f"--lr, in another --out. The last checkpoint stays in {self.out}")
         self.ckpt["seconds"] += elapsed
         self.losses = []
         return means | {"per_second": steps / elapsed}

@@ -162,7 +162,8 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
         r.requires_grad_()
         with torch.enable_grad():
             g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
-        dots = [sae.decoder[i] @ row.float().unsqueeze(-1) for i, row in zip(indices, g)]
+        with torch.autocast(r.device.type, enabled=False):
+            dots = [sae.decoder[i] @ row.unsqueeze(-1) for i, row in zip(indices, g)]
         scores = scores * torch.stack(dots).squeeze(-1)  # s_i
     scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
     best, at = scores.topk(n_labels)
@@ -295,12 +296,13 @@ def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
 
     The first position keeps its own, and stays out of the FVU: its norm is many times the
     others'."""
+    # sums of |error|^2, |r|^2, two losses, tokens, and of r (D,)
     total = torch.zeros(5 + teacher.config.n_embd, dtype=torch.float64)
     for numbers in windows.spread(tokens, world.rank, world.size):
         idx, targets = windows.batch(numbers, world.device)
         x = residual(teacher, idx, layer)
         (r, mu, std), r_hat = standardise(x[:, 1:]), sae.decode(*sae.encode(x[:, 1:]))
-        spliced = torch.cat([x[:, :1], (r_hat * std + mu).to(x.dtype)], 1)
+        spliced = torch.cat([x[:, :1], r_hat * std + mu], 1)
         losses = [loss_from(teacher, y, targets, layer) for y in (x, spliced)]
         figures = [(r - r_hat).square().sum(), r.square().sum(), *losses, idx.numel()]
         total += torch.cat([torch.tensor(figures), r.sum((0, 1)).cpu()]).double()
@@ -319,7 +321,9 @@ def train_sae(settings, teacher, world):
             f"{world.size} processes x {T} tokens")
     require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the "
             f"teacher's blocks are 0 to {teacher.config.n_layer - 1}")
-    data = Windows(settings.data, "train", T, settings.seed, teacher.config.vocab_size)
+    require(min(settings.steps, settings.save_interval) > 0, "--steps, --save_interval: 1 or more")
+    data = Windows(settings.data, "train", T, settings.seed, teacher)
+    val = Windows(settings.data, "val", T)
     torch.manual_seed(settings.seed)
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k,
                   dead_after=settings.dead_after).to(world.device)
@@ -330,7 +334,7 @@ def train_sae(settings, teacher, world):
     for step in run.steps(settings.steps, settings.save_interval, "SAE"):
         idx, _ = data.batch(data.numbers(step, rows, world.rank, world.size), world.device)
         with torch.no_grad(), world.autocast():
-            x = residual(teacher, idx, settings.layer)[:, 1:].float()  # see evaluate_sae
+            x = residual(teacher, idx, settings.layer)[:, 1:]  # see evaluate_sae
         if step == 0:
             sae.pre_bias.data.copy_(world.sum(standardise(x)[0].mean((0, 1))) / world.size)
         out = sae(x)
@@ -345,7 +349,6 @@ def train_sae(settings, teacher, world):
         sae.after_step(out, world)
         means = run.mean(left == 1, loss=out.loss, aux_loss=out.aux_loss, fvu=out.fvu)
         if left == 1:
-            val = Windows(settings.data, "val", T)
             means |= evaluate_sae(teacher, sae, settings.layer, val, world)
         if means:
             run.write(step=step + 1, tokens=(step + 1) * settings.batch_tokens, **means,
@@ -355,13 +358,13 @@ def train_sae(settings, teacher, world):
 
 # ---- reading latents: the concept dictionary -----------------------------------------------------
 
-def typical(ids, frequency, encoding, n=6):
-    """The tokens typical of a tensor of ids, by share * log(lift): [[id, text, share of the ids,
+def typical(ids, frequency, encoding):
+    """The 6 tokens typical of a tensor of ids, by share * log(lift): [[id, text, share of the ids,
     lift], ...], the lift being that share over the token's `frequency` in the text."""
     values, counts = ids.unique(return_counts=True)
     share = counts / len(ids)
     lift = share / frequency[values]
-    best = (share * lift.log()).sort(descending=True, stable=True).indices[:n]
+    best = (share * lift.log()).sort(descending=True, stable=True).indices[:6]
     columns = (column[best].tolist() for column in (values, share, lift))
     return [[token, encoding.decode([token]), s, x] for token, s, x in zip(*columns) if x > 1]
 
@@ -387,9 +390,9 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page=""):
     for latent, (start, count) in enumerate(zip(starts, fired)):
         best, snippets = order[start:start + min(count, 64)], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):
-            text, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
-            parts = text[max(0, t - 12):t], text[t:t + 1], text[t + 1:t + 13]
-            snippets.append([*map(encoding.decode, parts), value])
+            row, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
+            around = row[max(0, t - 12):t], row[t:t + 1], row[t + 1:t + 13]
+            snippets.append([*map(encoding.decode, around), value])
         entries.append({"id": latent, "rate": count * sae.k / len(places), "snippets": snippets,
                         "tokens": typical(idx.flatten()[places[best]], frequency, encoding),
                         "next": typical(targets.flatten()[places[best]], frequency, encoding),
@@ -406,7 +409,7 @@ def main():
     if not command:
         return world.print(f"SAE in {settings.out}: {train_sae(settings, teacher, world)[1]}")
     sae, layer, path = load_sae(settings.sae, teacher, world)
-    windows = Windows(settings.data, "val", teacher.config.block_size, 0, teacher.config.vocab_size)
+    windows = Windows(settings.data, "val", teacher.config.block_size, model=teacher)
     path, public = path.with_suffix(".concepts.json"), settings.sae.partition(":")[0] == "openai"
     describe(teacher, sae, layer, windows, path, settings.tokens, PAGE * public)
     world.print(f"{path}: {len(sae.decoder)} concepts")

@@ -977,10 +977,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(corpus, tmp_path, m
 def test_training_refuses_what_does_not_fit(corpus, trained, tmp_path, command):
     train(settings(corpus, tmp_path / "other", steps=1, seed=1), World("cpu"))
     train(settings(corpus, tmp_path / "pause", mode="pause", steps=1), World("cpu"))
-    numbered(tmp_path / "words", [400], vocab=500)
+    numbered(tmp_path / "words", [400], vocab=V)  # as many tokens, but others
     for changes, words in (
             (dict(micro_batch=3), "1 processes x 3 rows"), (dict(block_size=32), "reads 16 tokens"),
-            (dict(data=str(tmp_path / "words")), "vocabulary of 257"),
+            (dict(data=str(tmp_path / "words")), "other tokens than the model's"),
             (dict(teacher=str(tmp_path / "other/ckpt.pt")), "another teacher"),
             (dict(teacher=str(tmp_path / "pause/ckpt.pt")), "plain GPT"),
             (dict(sae=trained["teacher"]), "kind sae"), (dict(data="nothing"), "python data.py"),

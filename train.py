@@ -38,6 +38,7 @@ from data import (KNOWN, DataSettings, Run, Windows, World, atomic, get_tokenize
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
                  load_teacher, train_sae)
 
+RULES = Literal["attribution", "negative", "absolute", "activation", "shuffled"]
 MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 SIZES = {  # the paper's, section 3 and appendix; NTP's width makes its parameters match
     "69m": dict(n_layer=8, n_head=8, n_embd=512, ntp_embd=624, insert_layer=3, lr=6e-4, warmup=130,
@@ -75,8 +76,7 @@ class TrainSettings(CoCoMixConfig):
     sae: str = ""  # mode cocomix: checkpoint (sae.py), or openai (for gpt2), openai:LAYER
     kd_weight: float = 1.0  # mode kd: weight of KL(teacher || student)
     n_labels: int = 4  # concept labels a token
-    rank_by: Literal["attribution", "negative", "absolute", "activation",
-                     "shuffled"] = "attribution"  # see concept_labels
+    rank_by: RULES = "attribution"  # what the labels of a token are ranked by
     keep_labels: bool = True  # keep labels beside the data, 8 bytes a token, for later runs
     steps: int = 600  # optimiser steps
     batch_tokens: int = 1024  # tokens a step, over all processes and accumulated passes
@@ -95,9 +95,11 @@ class TrainSettings(CoCoMixConfig):
 
     def __post_init__(self):
         least = min(self.steps, self.block_size, self.eval_interval, self.save_interval,
-                    self.n_labels, self.lr)
+                    self.sae_steps, self.n_labels, self.lr)
         require(least > 0, f"{least} is too little: --steps, --block_size, --eval_interval, "
-                "--save_interval, --n_labels and --lr must be above 0")
+                "--save_interval, --sae_steps, --n_labels and --lr must be above 0")
+        require(not self.concept_residual or self.insertion == "interleave",
+                f"--insertion {self.insertion} excludes --concept_residual")
         require(self.mode != "all" or self.insertion != "none"
                 and self.n_labels <= self.k_concepts <= self.n_concepts,
                 "--mode all needs n_labels <= k_concepts <= n_concepts, and concepts to steer, not "
@@ -112,7 +114,7 @@ class TrainSettings(CoCoMixConfig):
                 "--teacher, others take none")
 
 
-# What does not change what a run learns; the teacher, SAE and data are known by their fingerprints.
+# No part of a run's identity; teacher, SAE and data are part of it by their fingerprints.
 FREE = ("out", "data", "teacher", "sae", "preset", "device", "compile", "micro_batch",
         "save_interval", "keep_labels", "sae_layer", "sae_steps", "n_concepts")
 
@@ -140,13 +142,13 @@ def distillation(logits, teacher_logits):
 
 
 @torch.no_grad()
-def evaluate(model, windows, world, tokens=0, labels=None):
+def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
     """{val_loss} in nats a token over a fixed set of about `tokens` tokens of windows (0: all),
-    shared by all ranks. With `labels` also {label_hits}, the share of the model's n strongest
-    concepts that are labels, and {label_guess}, the same for always guessing the n most frequent
-    ones."""
+    shared by all ranks. With `labels` also, over tokens that have any, {label_hits}, the share of
+    the model's n strongest concepts that are labels, and {label_guess}, the same for always
+    guessing the n most frequent ones."""
     total = torch.zeros(4 + model.config.n_concepts, dtype=torch.float64)
-    for numbers in windows.spread(tokens, world.rank, world.size):
+    for numbers in windows.spread(tokens, world.rank, world.size, rows):
         idx, targets = windows.batch(numbers, world.device)
         with world.autocast():
             out = model(idx, targets)
@@ -178,22 +180,19 @@ class Setup:
                 f"multiple of {world.size} processes x {self.rows} rows x {T} tokens: change it or "
                 "--micro_batch")
         self.data = Windows(settings.data, "train", T, settings.seed)
-        self.val = Windows(settings.data, "val", T)
         self.teacher = self.labels = self.val_labels = None
         self.who = {"data": self.data.fingerprint()}
-        V = self.data.meta["vocab_size"]
         sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
-        sizes |= {"vocab_size": V, "mix": MIX[settings.mode]}
+        sizes |= {"vocab_size": self.data.meta["vocab_size"], "mix": MIX[settings.mode]}
         self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta,
                       "dictionary": ""}  # for the checkpoint
         if settings.teacher:
             self.teacher = load_teacher(settings.teacher, world)
-            self.who["teacher"], theirs = fingerprint(self.teacher), self.teacher.config
-            require(theirs.vocab_size == V and theirs.block_size >= T, f"the teacher reads "
-                    f"{theirs.block_size} tokens of a vocabulary of {theirs.vocab_size}, this run "
-                    f"{T} of {V}: lower --block_size, or make teacher or data for the other")
+            self.who["teacher"], most = fingerprint(self.teacher), self.teacher.config.block_size
+            require(most >= T, f"the teacher reads {most} tokens, this run {T}: lower --block_size")
             for block in self.teacher.h if settings.compile else ():
                 block.compile()
+        self.val = Windows(settings.data, "val", T, model=self.teacher)
         if settings.sae:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
             sizes["n_concepts"] = len(sae.decoder)
@@ -211,6 +210,7 @@ class Setup:
                        settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
         self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # evaluates and is saved raw
+        self.model.vocabulary = self.data.meta
         self.step_model = torch.compile(self.model) if settings.compile else self.model
         if world.size > 1:
             self.step_model = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True)
@@ -244,7 +244,7 @@ def train(settings, world):
                 f"processes x {setup.passes} passes x {setup.rows} rows of {settings.block_size}")
     for step in run.steps(settings.steps, settings.save_interval, settings.mode):
         passes, n_valid = setup.load(step, world)
-        losses = {"ntp_loss": 0.0, second.get(settings.mode, "ntp_loss"): 0.0}
+        losses = {"ntp_loss": 0.0, second.get(settings.mode, "ntp_loss"): 0.0}  # ntp, pause: one
         for i, (idx, targets, labels) in enumerate(passes):
             if world.size > 1:
                 step_model.require_backward_grad_sync = i == setup.passes - 1
@@ -272,7 +272,8 @@ def train(settings, world):
                       "mfu": peak and speed * flops / (peak * world.size),
                       "seconds": round(run.ckpt["seconds"], 3)}
             if validate:
-                record |= evaluate(model, setup.val, world, settings.eval_tokens, setup.val_labels)
+                record |= evaluate(model, setup.val, world, settings.eval_tokens, setup.val_labels,
+                                   settings.micro_batch or 16)
                 world.print(" | ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None))
             run.write(**record)
     return model, run.ckpt["log"]
@@ -331,7 +332,7 @@ def tokens_to(target, log):
 
 
 def plus_minus(values, form, n=1):
-    """'mean ± standard deviation / sqrt(n)' of a list, the mean alone of one value, '-' of none."""
+    """'mean ± s.d. / sqrt(n)' of a list, the mean alone of one value, '-' of none."""
     if len(values) < 2:
         return format(values[0], form) if values else "-"
     return f"{mean(values):{form}} ± {stdev(values) / math.sqrt(n):{form.lstrip('+')}}"
@@ -439,7 +440,7 @@ def evaluate_models(settings, world):
         model, vocabulary, folder = load_model(name, world)
         folder = settings.data or folder
         if folder:
-            windows = Windows(folder, "val", model.config.block_size, 0, vocabulary["vocab_size"])
+            windows = Windows(folder, "val", model.config.block_size, model=model)
             loss = evaluate(model, windows, world)["val_loss"]
             world.print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.4f}, validation "
                         f"text of {folder}")
@@ -510,13 +511,13 @@ def first_report(out, ntp, cocomix, val):
         return encoding.decode(new[0].tolist())
     typical = steerable(entries, 20)
     best = next((entry for entry in typical if entry["next"][0][1][0] == " "), typical[0])
-    rates = [follower_rate(cocomix, prompts, best, {best["id"]: float(s)}) for s in (0, 2, 4)]
+    rates = [follower_rate(cocomix, prompts, best, {best["id"]: s}) for s in (0, 2, 4)]
     thoughts = list(inspect(cocomix, encoding, prompts[-1].tolist(), entries, 1))[-10:]
     return REPORT.format(
         table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
         id=best["id"], words=in_words(best), rates=rates, ckpt=path,
-        steered=continued(cocomix, {best["id"]: 4.0}))
+        steered=continued(cocomix, {best["id"]: 4}))
 
 
 def pipeline(settings, world):
@@ -553,7 +554,7 @@ def main():
         return evaluate_models(parse(EvalSettings, sys.argv[2:]), World())
     settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
     world, name = World(settings.device, settings.dtype), Path(settings.data).name
-    if name in KNOWN and settings.data == f"data/{name}":
+    if name in KNOWN and Path(settings.data) == Path("data", name):
         world.first(lambda: any(Path(settings.data).glob("*val*.bin"))  # made last
                     or prepare(DataSettings(name)))
     if settings.mode == "all":
