@@ -235,9 +235,9 @@ def text_files(source):
     if source == "pystdlib":
         root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
     paths = [p for p in list(root.rglob(pattern)) or [root]
-             if p.is_file() and p.stat().st_size and not skip & set(p.relative_to(root).parts)
+             if p.is_file() and not skip & set(p.relative_to(root).parts)
              and b"\0" not in open(p, "rb").read(8192)]
-    require(paths, f"{root} is no text file, no folder of any, nor "
+    require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
 
