@@ -193,7 +193,7 @@ class CoCoMix(nn.Module):
         super().__init__()
         self.config = config
         self.vocabulary = {"vocab_size": config.vocab_size}  # what is known of its tokens
-        # of a token, from the insertion on
+        # positions a token has from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
         rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
         self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)

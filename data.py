@@ -294,7 +294,8 @@ def prepare(settings):
         if tokenizer == "bpe":
             sample = islice(documents(source), 2000)
             text = "".join(text for text, held_out in sample if not held_out).replace(EOT, "")
-            require(settings.vocab_size <= 8192, "--vocab_size is 8192 at most")
+            require(settings.vocab_size <= 8192,
+                    f"--vocab_size {settings.vocab_size} is too large for bpe: 8192 at most")
             merged = train_bpe(text[:1 << 25], settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}

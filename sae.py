@@ -321,7 +321,8 @@ def train_sae(settings, teacher, world):
             f"{world.size} processes x {T} tokens")
     require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the "
             f"teacher's blocks are 0 to {teacher.config.n_layer - 1}")
-    require(min(settings.steps, settings.save_interval) > 0, "--steps, --save_interval: 1 or more")
+    require(min(settings.steps, settings.save_interval) > 0, f"--steps {settings.steps}, "
+            f"--save_interval {settings.save_interval}: both must be above 0")
     data = Windows(settings.data, "train", T, settings.seed, teacher)
     val = Windows(settings.data, "val", T)
     torch.manual_seed(settings.seed)
