@@ -66,7 +66,7 @@ class CoCoMixConfig:
                 and self.insertion in ("interleave", "add", "none"),
                 f"mix={self.mix!r} is to be none, pause or concept, insertion={self.insertion!r} "
                 "interleave, add or none")
-        require(self.n_embd % self.n_head == 0,
+        require(self.n_head > 0 and self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: change one")
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
@@ -280,11 +280,11 @@ class CoCoMix(nn.Module):
             idx = torch.cat([idx, torch.multinomial(p, 1)], 1)
         return idx
 
-    def configure_optimizer(self, lr):
+    def configure_optimizer(self):
         """Fused AdamW that decays matrices (embeddings too), not biases, norms and lone vectors."""
         groups = [{"params": [p for p in self.parameters() if p.dim() == 2]},
                   {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def num_parameters(self):
         """All parameters, compression layer included (the paper's counts leave it out)."""

@@ -20,10 +20,10 @@ import inspect
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.request
 from collections import Counter
@@ -106,16 +106,14 @@ def run(main):
 def atomic(path):
     """`with atomic(path) as tmp`: the file or folder that is written to tmp becomes `path` in one
     step, or path stays as it was. OSError where that cannot be."""
-    folder = Path(f"{path}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)  # of a call that was killed
-    folder.mkdir(parents=True)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield folder / folder.name
-        os.replace(folder / folder.name, path)
+        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+            yield Path(folder, path.name)
+            os.replace(Path(folder, path.name), path)
     except RuntimeError as e:  # of torch, on a full disk
         raise OSError(f"{path} could not be made ({e})") from e
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_checkpoint(path, kind, mmap=False):
@@ -173,7 +171,7 @@ def train_bpe(text, vocab_size):
     counts = np.array(list(words.values()), np.float64)
     string = "".join(word.encode().decode("latin-1") + "\xff" for word in words)
     while len(tokens) < V - 1:
-        ids = np.frombuffer(string.encode("utf-32-le", "surrogatepass"), "<u4").astype(np.int64)
+        ids = np.frombuffer(string.encode("utf-32-le"), "<u4").astype(np.int64)
         lengths = np.diff(np.flatnonzero(ids == 255), prepend=-1)
         pairs, weights = ids[:-1] * V + ids[1:], np.repeat(counts, lengths)[:-1]
         totals = np.bincount(pairs, weights, V * V).reshape(V, V)
@@ -234,12 +232,13 @@ def text_files(source):
         root = fetch(SHAKESPEARE)
     if source == "pystdlib":
         root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
-    paths = [p for p in list(root.rglob(pattern)) or [root]
-             if p.is_file() and not skip & set(p.relative_to(root).parts)
+    paths = [p for p in list(root.rglob(pattern)) or [root] if p.is_file()
+             and not any(part in skip or part[0] == "." for part in p.relative_to(root).parts)
              and b"\0" not in open(p, "rb").read(8192)]
     require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
-    return sorted(paths, key=lambda p: hashlib.sha256(bytes(p.relative_to(root))).digest())
+    return sorted(paths, key=lambda p: hashlib.sha256(
+        os.fsencode(p.relative_to(root).as_posix())).digest())
 
 
 def openwebtext(shards):
@@ -265,8 +264,8 @@ def documents(source, shards=21):
     ends = np.cumsum([p.stat().st_size for p in paths])
     size, done = int(ends[-1]), 0  # bytes
     piece = min(1 << 20, size // 80 + 1)
-    held_out = ([p for p in paths if p.name == "val.txt"] or
-                paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)])
+    held_out = {*([p for p in paths if p.name == "val.txt"] or
+                  paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)])}
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines
@@ -292,8 +291,8 @@ def prepare(settings):
         if tokenizer == "auto":
             tokenizer = KNOWN.get(source, "bpe")
         if tokenizer == "bpe":
-            sample = islice(documents(source), 2000)
-            text = "".join(text for text, held_out in sample if not held_out).replace(EOT, "")
+            sample = (text for text, held_out in documents(source) if not held_out)
+            text = "".join(islice(sample, 2000)).replace(EOT, "")
             require(settings.vocab_size <= 8192,
                     f"--vocab_size {settings.vocab_size} is too large for bpe: 8192 at most")
             merged = train_bpe(text[:1 << 25], settings.vocab_size)
@@ -352,7 +351,7 @@ class Windows:
         known = model.vocabulary.items() if model else ()
         require(all(self.meta.get(k) == v for k, v in known if k != "tokens"), f"{folder} is in "
                 "other tokens than the model's: make it with `python data.py TEXT --tokenizer` and "
-                "the folder of the model's data")
+                "gpt2 or the folder of the model's data")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -383,10 +382,7 @@ class Windows:
 
     def batch(self, numbers, device="cpu"):
         """idx and targets (rows,T) int64: the targets are the tokens one further on."""
-        windows = torch.stack([self.window(n) for n in numbers])
-        if torch.device(device).type == "cuda":  # pinned afresh: an older copy may still be reading
-            windows = windows.pin_memory()
-        windows = windows.to(device, non_blocking=True)
+        windows = torch.stack([self.window(n) for n in numbers]).to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def spread(self, tokens, rank=0, world=1, rows=16):
@@ -478,12 +474,10 @@ class Run:
     def steps(self, end, save_interval, name):
         """Yield the steps that are left, behind a progress bar; save after every `save_interval`,
         after the last, and, at the next tenth, when SIGTERM or Ctrl-C asks any rank to stop. Asked
-        again it dies at once."""
+        again changes nothing: torchrun passes on what a process has had already."""
         def note(number, frame):
             self.world.signal = number
-            signal.signal(number, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, note)
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         for step in tqdm(range(self.ckpt["step"], end), f"{name:<8}", initial=self.ckpt["step"],
                          total=end, disable=not self.world.main, dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 20):
@@ -496,6 +490,8 @@ class Run:
                 self.save()
             if stop:
                 sys.exit(f"stopped after step {done}; the same command goes on")
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def mean(self, now, **losses):
         """Take note of a step's losses () -> every tenth step, before saving, and if `now`: their

@@ -158,7 +158,7 @@ def test_flops_are_those_torch_counts(mix, changes):
 
 def test_optimizer_decays_matrices_only_and_init_is_gpt2s():
     model = CoCoMix(CoCoMixConfig(**{**SMALL, "n_embd": 256}))
-    decayed, spared = model.configure_optimizer(1e-3).param_groups
+    decayed, spared = model.configure_optimizer().param_groups
     assert decayed["weight_decay"] == 0.1 and spared["weight_decay"] == 0
     vectors = {p for name, p in model.named_parameters() if re.search(r"bias$|ln_", name)}
     assert set(spared["params"]) == vectors
@@ -751,8 +751,8 @@ def test_presets_are_the_papers(name, lr, insert_layer, parameters):
     ("--mode cocomix", "--teacher"), ("--mode kd", "needs --teacher"), ("--steps 0", "above 0"),
     ("--mode ntp --sae x", "others take none"), ("--mode cocomix --teacher x", "needs both"),
     ("--lr -1", "above 0"), ("--n_labels 0", "above 0"), ("--insertion none", "to steer"),
-    ("--k_concepts 600", "<= n_concepts"), ("--insert_layer 6", "blocks are 0 to 5"),
-    ("--sae_layer 6", "blocks are 0 to 5")])
+    ("--k_concepts 600", "k_concepts=600"), ("--insert_layer 6", "blocks are 0 to 5"),
+    ("--sae_layer 6", "in 0 to 5"), ("--n_head 0", "n_head=0")])
 def test_impossible_training_settings_are_refused(flags, words):
     with pytest.raises(ValueError, match=words):
         parse(TrainSettings, flags.split(), preset)
@@ -800,8 +800,8 @@ def opened(trained):
 
 
 def flags(s):
-    """Settings as command-line flags."""
-    given = {k: v for k, v in vars(s).items() if v != getattr(type(s), k)}
+    """Settings as command-line flags, of which mix is none."""
+    given = {k: v for k, v in vars(s).items() if k != "mix" and v != getattr(type(s), k)}
     return [f"--{k}" if v is True else f"--{k}={v}" for k, v in given.items()]
 
 
@@ -821,12 +821,15 @@ def launch(*arguments, **more):
     return output
 
 
-def kill(process, log, lines, how):
-    """Send `how` once the log has that many lines -> (exit code, output)."""
+def kill(process, log, lines, *signals):
+    """Send the signals once the log has that many lines -> (exit code, output)."""
     deadline = time.time() + 300
-    while time.time() < deadline and not (log.is_file() and log.read_text().count("\n") >= lines):
+    while not (log.is_file() and log.read_text().count("\n") >= lines):
+        assert time.time() < deadline and process.poll() is None
         time.sleep(0.005)
-    process.send_signal(how)
+    for how in signals:
+        process.send_signal(how)
+        time.sleep(0.01)
     output = process.communicate(timeout=300)[0]
     return process.returncode, output
 
@@ -853,7 +856,8 @@ def assert_equal(out, other):
 def test_the_same_command_goes_on_bit_for_bit(corpus, trained, tmp_path, how):
     s = settings(corpus, tmp_path / "cut", **trained, steps=90, save_interval=7)
     train(replace(s, out=str(tmp_path / "whole")), World("cpu"))
-    code, output = kill(start(flags(s)), tmp_path / "cut/log.jsonl", 5, how)
+    # twice, as Slurm and torchrun together do
+    code, output = kill(start(flags(s)), tmp_path / "cut/log.jsonl", 5, how, how)
     at = load_checkpoint(tmp_path / "cut/ckpt.pt", "model")["step"]
     assert code == {signal.SIGTERM: 1, signal.SIGKILL: -9}[how] and 7 <= at < 90, output
     assert at % 7 == 0 if how == signal.SIGKILL else "the same command goes on" in output

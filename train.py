@@ -39,7 +39,7 @@ from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, loa
                  load_teacher, train_sae)
 
 RULES = Literal["attribution", "negative", "absolute", "activation", "shuffled"]
-MIX = {"ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
+MIX = {"all": "concept", "ntp": "none", "kd": "none", "pause": "pause", "cocomix": "concept"}
 SIZES = {  # the paper's, section 3 and appendix; NTP's width makes its parameters match
     "69m": dict(n_layer=8, n_head=8, n_embd=512, ntp_embd=624, insert_layer=3, lr=6e-4, warmup=130,
                 steps=40_000, batch_tokens=1 << 19, micro_batch=16),
@@ -94,19 +94,16 @@ class TrainSettings(CoCoMixConfig):
     compile: bool = False  # torch.compile the step, for long runs on a GPU: the big presets do
 
     def __post_init__(self):
+        object.__setattr__(self, "mix", MIX[self.mode])  # frozen
+        super().__post_init__()
         least = min(self.steps, self.block_size, self.eval_interval, self.save_interval,
                     self.sae_steps, self.n_labels, self.lr)
         require(least > 0, f"{least} is too little: --steps, --block_size, --eval_interval, "
                 "--save_interval, --sae_steps, --n_labels and --lr must be above 0")
-        require(not self.concept_residual or self.insertion == "interleave",
-                f"--insertion {self.insertion} excludes --concept_residual")
-        require(self.mode != "all" or self.insertion != "none"
-                and self.n_labels <= self.k_concepts <= self.n_concepts,
-                "--mode all needs n_labels <= k_concepts <= n_concepts, and concepts to steer, not "
+        require(self.mode != "all" or self.insertion != "none" and self.n_labels <= self.k_concepts
+                and 0 <= self.sae_layer < self.n_layer, "--mode all needs --n_labels <= "
+                f"--k_concepts, --sae_layer in 0 to {self.n_layer - 1}, and concepts to steer, not "
                 "--insertion none")
-        layers = {"ntp": (), "kd": (), "all": (self.insert_layer, self.sae_layer)}
-        require(all(0 <= i < self.n_layer for i in layers.get(self.mode, (self.insert_layer,))),
-                f"--insert_layer, --sae_layer: blocks are 0 to {self.n_layer - 1}")
         require(bool(self.teacher) == (self.mode in ("cocomix", "kd"))
                 and bool(self.sae) == (self.mode == "cocomix"),
                 f"--mode {self.mode}, --teacher {self.teacher!r}, --sae {self.sae!r}: cocomix "
@@ -116,7 +113,7 @@ class TrainSettings(CoCoMixConfig):
 
 # No part of a run's identity; teacher, SAE and data are part of it by their fingerprints.
 FREE = ("out", "data", "teacher", "sae", "preset", "device", "compile", "micro_batch",
-        "save_interval", "keep_labels", "sae_layer", "sae_steps", "n_concepts")
+        "save_interval", "keep_labels", "sae_layer", "sae_steps", "n_concepts", "mix")
 
 
 def learning_rate(step, settings):
@@ -183,9 +180,8 @@ class Setup:
         self.teacher = self.labels = self.val_labels = None
         self.who = {"data": self.data.fingerprint()}
         sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
-        sizes |= {"vocab_size": self.data.meta["vocab_size"], "mix": MIX[settings.mode]}
-        self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta,
-                      "dictionary": ""}  # for the checkpoint
+        sizes["vocab_size"] = self.data.meta["vocab_size"]
+        self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta}
         if settings.teacher:
             self.teacher = load_teacher(settings.teacher, world)
             self.who["teacher"], most = fingerprint(self.teacher), self.teacher.config.block_size
@@ -232,7 +228,7 @@ def train(settings, world):
     out/log.jsonl. ValueError: see Setup, data.Run."""
     setup, second = Setup(settings, world), {"cocomix": "concept_loss", "kd": "kd_loss"}
     model, step_model = setup.model, setup.step_model
-    optimizer = model.configure_optimizer(settings.lr)
+    optimizer = model.configure_optimizer()
     run = Run(settings.out, "model", identity(settings, FREE, **setup.who), world,
               {"model": model, "optimizer": optimizer}, setup.parts)
     flops, peak = model.flops_per_token(), peak_flops(world.device)
@@ -328,7 +324,6 @@ def tokens_to(target, log):
     for (t0, l0), (t1, l1) in zip([points[0], *points], points):
         if l1 <= target:
             return t1 - (t1 - t0) * (target - l1) / max(l0 - l1, 1e-12)
-    return None
 
 
 def plus_minus(values, form, n=1):
