@@ -1,4 +1,4 @@
-"""CoCoMix in one file: a GPT that predicts concepts half-way up, for its upper half to attend to.
+"""CoCoMix in one file: a GPT that predicts concepts mid-stack, for the blocks above to attend to.
 
 Method: Tack et al., "LLM Pretraining with Continuous Concepts", arXiv 2502.08524. The file follows
 a token on its way up; then come weights of other codes, and the command that reads and steers
@@ -46,7 +46,7 @@ def require(condition, message):
 
 @dataclass(frozen=True)
 class CoCoMixConfig:
-    """Sizes of the model. Each is a flag of train.py, but for the first two, which it knows."""
+    """Sizes of the model. Each is a flag of train.py but the first two, which it sets itself."""
     vocab_size: int = 1024  # V: of the data
     mix: Literal["none", "pause", "concept"] = "concept"  # what a token gets beside h
     block_size: int = 128  # T: tokens of context
@@ -55,8 +55,8 @@ class CoCoMixConfig:
     n_embd: int = 96  # D: width
     init_std: float = 0.05  # of matrices at the start; GPT-2's 0.02 is for wider models
     insert_layer: int = 2  # concept or pause vectors enter before this block, 0-based
-    insertion: Literal["interleave", "add", "none"] = "interleave"  # add: h + c; none: z alone
-    n_concepts: int = 512  # C: latents of the SAE that labels the tokens; a given --sae says
+    insertion: Literal["interleave", "add", "none"] = "interleave"  # add: h + c; none: predict only
+    n_concepts: int = 512  # C: latents of the SAE that labels the tokens; --sae overrides it
     k_concepts: int = 16  # K: concepts kept in TopK(z); in mode all also the SAE's
     concept_weight: float = 0.5  # of the concept loss in equation (5); 0.1 in the paper
     concept_residual: bool = False  # our variant, not the paper's: h + c takes the place of c
@@ -137,7 +137,7 @@ def standardise(x):
 def sparse_rows(values, indices, rows):
     """sum_j values[..., j] * rows[indices[..., j]]: (..., K), (..., K), (C,D) -> (..., D).
 
-    A vector with K of C entries times a matrix: the student's W_c, the SAE's decoder."""
+    A vector with K of C entries times a (C,D) matrix: W_c transposed, or the SAE's decoder."""
     out = F.embedding_bag(indices.flatten(0, -2), rows, mode="sum",
                           per_sample_weights=values.flatten(0, -2))
     return out.unflatten(0, indices.shape[:-1])
@@ -181,13 +181,13 @@ class ConceptLayer(nn.Module):
             if not self.mixes:
                 return None, z
             scores = z if steer is None else z + steer * z.amax(-1, keepdim=True).abs()
-            rows = self.compress.weight.T.contiguous()  # a row a concept
+            rows = self.compress.weight.T.contiguous()  # one for each concept
             c = sparse_rows(*scores.topk(self.k), rows) + self.compress.bias
             return (c + self.pre_bias) * std + mu, z
 
 
 class CoCoMix(nn.Module):
-    """The student. With mix none a plain GPT-2 (teacher, NTP), with mix pause that baseline."""
+    """The student. With mix none a plain GPT-2 (teacher, NTP), with mix pause its pause tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -228,10 +228,11 @@ class CoCoMix(nn.Module):
     def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
         """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
 
-        The concept loss is a sum divided by `n_valid`, by default the pass's valid labels: train.py
-        gives those of a step / its passes, so that each label weighs the same. `past`, a list for
-        each block, holds what the first tokens of idx gave there: they are not computed again, and
-        the logits are those of the others. ValueError for no tokens, or more than block_size."""
+        The concept loss is a sum divided by `n_valid`, by default the number of valid labels here;
+        train.py gives the mean number over a step's passes and ranks, so that each label of the
+        step weighs the same. `past` is a cache, a list for each block: tokens of idx that are in it
+        already are skipped, and logits are those of the others. ValueError for no tokens, or more
+        than block_size."""
         h, z = self.embed(idx), None
         if past and past[-1]:
             h = h[:, past[-1][0].size(2) // self.positions:]
@@ -258,9 +259,9 @@ class CoCoMix(nn.Module):
         """idx (B,T) and its continuation: (B, T + max_new_tokens) int64.
 
         temperature 0 is greedy; top_k keeps the likeliest tokens, 0 all. `steer` {concept:
-        strength} moves concepts at every position (`ConceptLayer`). When block_size is reached the
-        second half of the text is read anew: a token costs the same on average. ValueError for an
-        empty prompt or a concept that is not mixed in."""
+        strength} moves concepts at every position (`ConceptLayer`). When block_size is passed the
+        last block_size // 2 tokens are read anew: a token costs the same on average. ValueError for
+        an empty prompt or a concept that is not mixed in."""
         mixed = self.config.n_concepts if self.config.mix == "concept" and self.concept.mixes else 0
         pushes = torch.zeros(mixed, device=idx.device) if steer else None
         for concept, strength in (steer or {}).items():
@@ -291,7 +292,8 @@ class CoCoMix(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Training FLOPs of a token in a full block: 3 x the forward products, two a multiply-add.
+        """Training FLOPs of a token in a full block, without labels: 3 x the forward products, a
+        multiply-add being two.
 
         Attention counts the full square, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do."""
         config, products = self.config, self.wte.weight.numel()
@@ -336,20 +338,20 @@ def read_tensors(path):
 def load_hf(path, config=None):
     """A GPT-2 as Hugging Face stores it, or a CoCoMix of the paper's released code -> CoCoMix.
 
-    Sizes of a GPT-2 come from its tensors, with 64 wide heads. A CoCoMix needs `config` for what
-    its file does not hold: n_head, insert_layer, k_concepts. A plain GPT is centred: GPT-2's logits
-    lie near -100, where bf16 steps are 0.5, so the mean row moves from wte to wpe, which changes a
-    position's logits by a constant. ValueError for a damaged file, or names of what does not
-    fit."""
+    Sizes of a GPT-2 come from its tensors, with 64 wide heads. A CoCoMix needs its whole `config`:
+    its file does not hold n_head, insert_layer and k_concepts. A plain GPT is centred: GPT-2's
+    logits lie near -100, where bf16 steps are 0.5, so the mean row moves from wte to wpe, which
+    changes a position's logits by a constant. ValueError for a damaged file, or names of what does
+    not fit."""
     try:
         found = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()}
         wte, wpe = found["wte.weight"], found["wpe.weight"]
-    except Exception as e:  # torch has seven kinds
+    except Exception as e:  # torch raises many kinds
         raise ValueError(f"{path} is missing, damaged or no GPT-2 ({e!r:.200}): name a "
                          "model.safetensors or pytorch_model.bin, or download it again") from e
     if config is None:
         require("pre_bias" not in found, f"{path} is a CoCoMix, which does not say its n_head, "
-                "insert_layer and k_concepts: give load_hf a CoCoMixConfig")
+                "insert_layer and k_concepts: give load_hf its whole CoCoMixConfig")
         config = CoCoMixConfig(
             mix="none", n_layer=sum(name.endswith("ln_1.weight") for name in found),
             n_head=wte.size(1) // 64 or 1, n_embd=wte.size(1), vocab_size=len(wte),
@@ -389,7 +391,7 @@ class GenerateSettings:
     top_k: int = 50  # sample among that many likeliest tokens; 0: among all
     seed: int = 0  # of the sampling
     inspect: bool = False  # show the strongest concepts at each token of the prompt
-    steer: tuple[concept_strength, ...] = ()  # CONCEPT=STRENGTH ..., as in 17=+4
+    steer: tuple[concept_strength, ...] = ()  # 17=+4 ...: concept 17, by 4 x the largest logit
     study: bool = False  # measure steering over many prompts, concepts and strengths
 
 

@@ -122,7 +122,7 @@ def load_checkpoint(path, kind, mmap=False):
     try:
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
-    except Exception as e:  # torch has seven kinds
+    except Exception as e:  # torch raises many kinds
         raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} "
                          f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) "
                          "wrote") from e

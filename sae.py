@@ -9,7 +9,7 @@ How a token gets its concepts (CoCoMix, arXiv 2502.08524: target concepts by att
     r   = the teacher's residual stream after block `layer` (0-based)
     a   = relu(TopK(W_enc (n - b_pre) + b_lat))              K active of C; n is r standardised
     s_i = a_i * (g . W_dec_i),   g = dL/dr,   L = the teacher's next-token loss, summed over tokens
-    labels = the 4 latents with the largest s_i
+    labels = the 4 latents with the largest s_i above 0
 s_i is, to first order, what latent i adds to L: a large s_i marks a concept whose presence *raises*
 the teacher's loss. The paper and its code rank by this signed value. L sums over positions, so g_t
 holds what r_t does to all later predictions: labels look ahead, inputs never do.
@@ -117,7 +117,7 @@ def load_openai(path):
         sae.load_state_dict({"pre_bias": found["pre_bias"], "encoder": found["encoder.weight"],
                              "latent_bias": found["latent_bias"], "idle": sae.idle,
                              "decoder": found["decoder.weight"].T})
-    except Exception as e:  # torch has seven kinds
+    except Exception as e:  # torch raises many kinds
         raise ValueError(f"{path} is missing, damaged or no TopK SAE of OpenAI's ({e!r:.99}): "
                          "download it again") from e
     return sae
@@ -151,8 +151,8 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     or "shuffled", a control: the attribution labels of another token of the same window. Only
     scores above 0 make labels. Exact, for less work: the blocks up to `layer` run without a graph,
     those above back-propagate to r alone, and only active latents are scored, the others having a_i
-    = 0; std(r) > 0, between W_dec_i and r's own scale, cannot change a ranking. ValueError for
-    n_labels."""
+    = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change a ranking. ValueError for more
+    labels than k."""
     require(1 <= n_labels <= sae.k, f"n_labels={n_labels} is not in 1 to the SAE's k={sae.k}")
     with torch.no_grad():
         r = residual(teacher, idx, layer)
@@ -169,17 +169,18 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     best, at = scores.topk(n_labels)
     labels = indices.gather(-1, at).masked_fill(best <= 0, -1)
     if rank_by == "shuffled":
-        for row, tokens in zip(labels, idx):  # by the tokens: the same at every call
+        for row, tokens in zip(labels, idx):  # seeded by the tokens: the same at every call
             draw = torch.Generator().manual_seed(int(tokens.sum()))
             row[:] = row[torch.randperm(len(row), generator=draw)]
     return labels
 
 
 class Labels:
-    """`labels(idx, targets, numbers)`: `make(idx, targets)` of the windows with these numbers, made
-    once, (B,T,n) int64.
+    """A cache on disk: `labels(idx, targets, numbers)` is `make(idx, targets)`, (B,T,n) int64, made
+    once for the windows with these numbers.
 
-    They are kept in a file beside the text, named by a hash of `identity`, all that they depend on.
+    The file lies beside the text, named by a hash of `identity`, all that labels depend on but the
+    code that makes them.
     It holds a uint16 a label: 0 = not made yet, 1 = none, i + 2 = concept i. It begins empty, and a
     batch that holds a 0 is made again, so a kill or a torn file costs nothing. 8 bytes a token."""
 

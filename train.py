@@ -141,9 +141,9 @@ def distillation(logits, teacher_logits):
 @torch.no_grad()
 def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
     """{val_loss} in nats a token over a fixed set of about `tokens` tokens of windows (0: all),
-    shared by all ranks. With `labels` also, over tokens that have any, {label_hits}, the share of
-    the model's n strongest concepts that are labels, and {label_guess}, the same for always
-    guessing the n most frequent ones."""
+    shared by all ranks. With `labels`, n a token, also {label_hits}, over tokens that have any: the
+    share of the model's n strongest concepts that are labels; and {label_guess}, that of the n most
+    frequent labels."""
     total = torch.zeros(4 + model.config.n_concepts, dtype=torch.float64)
     for numbers in windows.spread(tokens, world.rank, world.size, rows):
         idx, targets = windows.batch(numbers, world.device)
@@ -205,14 +205,15 @@ class Setup:
                 Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
                        settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
-        self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # evaluates and is saved raw
+        self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # to evaluate and save
         self.model.vocabulary = self.data.meta
         self.step_model = torch.compile(self.model) if settings.compile else self.model
         if world.size > 1:
             self.step_model = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True)
 
     def load(self, step, world):
-        """The passes of a step, [(idx, targets, labels or None)], and its valid labels a pass."""
+        """The passes of a step, [(idx, targets, labels or None)], and its number of valid labels,
+        the mean over passes and ranks."""
         passes, n_valid = [], torch.zeros((), device=world.device)
         for i in range(self.passes):
             numbers = self.data.numbers(step * self.passes + i, self.rows, world.rank, world.size)
