@@ -180,9 +180,9 @@ class Labels:
     once for the windows with these numbers.
 
     The file lies beside the text, named by a hash of `identity`, all that labels depend on but the
-    code that makes them.
-    It holds a uint16 a label: 0 = not made yet, 1 = none, i + 2 = concept i. It begins empty, and a
-    batch that holds a 0 is made again, so a kill or a torn file costs nothing. 8 bytes a token."""
+    code that makes them. A label is a uint16 in it: 0 = not made yet, 1 = none, i + 2 = concept i.
+    It begins empty, and a batch that holds a 0 is made again, so a kill or a torn file costs
+    nothing. 2 bytes a label."""
 
     def __init__(self, make, windows, identity, n_labels, n_concepts, keep=True):
         self.make, self.n_concepts, self.file = make, n_concepts, None
@@ -219,7 +219,7 @@ def fingerprint(module):
 # ---- teachers and SAEs by name -------------------------------------------------------------------
 
 GPT2_FILE = ("https://huggingface.co/openai-community/gpt2/resolve/main/model.safetensors", "",
-        "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")
+             "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707")
 OPENAI = ("https://openaipublic.blob.core.windows.net/sparse-autoencoder/gpt2-small/"
           "resid_post_mlp_v5_32k/autoencoders/{}.pt")
 PAGE = "https://www.neuronpedia.org/gpt2-small/{}-res_post_32k-oai/{}"  # layer, latent
