@@ -402,9 +402,12 @@ def load_dictionary(path, ckpt):
     require("sae" in ckpt["identity"],
             f"{path} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
     path = Path(path).parent / ckpt["dictionary"]
-    found = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    require(found.get("sae") == ckpt["identity"]["sae"], f"{path} is missing or of another SAE: "
-            "make it with `python sae.py describe --sae SAE --teacher TEACHER --data DATA`")
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{path} is missing, damaged or of another SAE ({e!r:.99}): make it with "
+                         "`python sae.py describe --sae SAE --teacher TEACHER --data DATA`") from e
     return found["concepts"]
 
 

@@ -299,7 +299,7 @@ def prepare(settings):
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
         elif tokenizer != "gpt2":
-            meta = json.loads(Path(tokenizer, "meta.json").read_text("utf-8"))
+            meta = Windows(tokenizer, "train", 1).meta
         encoding, texts = get_tokenizer(meta), documents(source, settings.shards)
         with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val:
             while batch := list(islice(texts, 256)):
@@ -340,7 +340,11 @@ class Windows:
         self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
         require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
-        self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
+        try:
+            self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
+            require(self.meta.keys() >= GPT2.keys(), f"it has no {' and '.join(GPT2)}")
+        except (ValueError, AttributeError) as e:
+            raise ValueError(f"{meta} is damaged ({e!r:.99}): make the data again") from e
         self.shards = [open_shard(p) for p in self.paths]
         self.starts = np.cumsum([0, *(len(s) // (block_size + 1) for s in self.shards)])  # windows
         count = sum(map(len, self.shards))

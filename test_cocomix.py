@@ -502,6 +502,10 @@ def test_shard_formats(tmp_path):
     windows = Windows(tmp_path, "val", 2)
     assert windows.batch([0, 1, 2])[0].tolist() == [[0, 1], [3, 4], [6, 7]]
     assert windows.meta == {"tokenizer": "gpt2", "vocab_size": 50257}
+    for text in ('{"vocab_si', "{}"):
+        (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(ValueError, match="meta.json is damaged"):
+            Windows(tmp_path, "val", 2)
 
 
 @pytest.mark.parametrize("name,make,words", [
@@ -585,7 +589,6 @@ def test_prepare_writes_every_token_and_keeps_to_its_own_folder(tmp_path, monkey
     again = prepare(DataSettings("u.txt", tokenizer=str(out)))  # for a teacher of the first text
     ids = np.fromfile(again / "train.bin", "<u2").tolist()
     assert get_tokenizer(meta).decode(ids) == all_text("u.txt")[0]
-    assert Windows(again, "val", 8).meta["merged"] == meta["merged"]
     (out / "val.bin").write_bytes((out / "val.bin").read_bytes()[:-2])
     with pytest.raises(ValueError, match="make it again"):
         Windows(out, "val", T)
@@ -688,11 +691,9 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="kind sae.*cocomix-3 model"):
         load_checkpoint(path, "sae")
     Path("cut").write_bytes(path.read_bytes()[:-1000])
-    Path("empty").touch()
     torch.save({"weight": torch.ones(2)}, "foreign")
-    torch.save([1], "a_list")
     torch.save(Hostile(), "hostile")
-    for name in ("cut", "empty", "foreign", "a_list", "hostile", "none"):
+    for name in ("cut", "foreign", "hostile", "none"):
         with pytest.raises(ValueError, match="missing, damaged or no checkpoint"):
             load_checkpoint(name, "model")
     assert not Path("hacked").exists()
@@ -1215,8 +1216,9 @@ def test_bad_questions_get_clear_answers(student, trained, command):
     assert "predicts no concepts" in command(cocomix_module, trained["teacher"], *ask)
     dictionary = Path(trained["sae"]).with_suffix(".concepts.json")
     good = dictionary.read_text()
-    dictionary.write_text('{"sae": "other", "concepts": []}')
-    assert "sae.py describe" in command(cocomix_module, student, *ask)
+    for text in ('{"sae": "other", "concepts": []}', good[:-9], "[]"):
+        dictionary.write_text(text)
+        assert "sae.py describe" in command(cocomix_module, student, *ask)
     dictionary.write_text(good)
 
 
