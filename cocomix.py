@@ -207,7 +207,7 @@ class CoCoMix(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif p.dim() == 2:  # GPT-2: a block adds to the residual stream twice, by a c_proj
+            elif p.dim() >= 2:  # GPT-2: a block adds to the residual stream twice, by a c_proj
                 added = 2 * config.n_layer if name.endswith("c_proj.weight") else 1
                 nn.init.normal_(p, std=config.init_std / math.sqrt(added))
 
@@ -226,7 +226,8 @@ class CoCoMix(nn.Module):
         return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
     def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
-        """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
+        """idx, targets (B,T), concept_labels (B,T,n; with targets), int64 -> Output. -1 is no
+        target, no label.
 
         The concept loss is a sum divided by `n_valid`, by default the number of valid labels here;
         train.py gives the mean number over a step's passes and ranks, so that each label of the
@@ -283,7 +284,7 @@ class CoCoMix(nn.Module):
 
     def configure_optimizer(self):
         """Fused AdamW that decays matrices (embeddings too), not biases, norms and lone vectors."""
-        groups = [{"params": [p for p in self.parameters() if p.dim() == 2]},
+        groups = [{"params": [p for p in self.parameters() if p.dim() >= 2]},
                   {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
@@ -450,7 +451,7 @@ def follower_rate(model, prompts, entry, steer):
 
 def study(model, prompts, entries, strengths=(-4, -2, -1, 0, 1, 2, 4), concepts=20):
     """Does steering do what it says? Yields (strength, rate, control): the mean `follower_rate` of
-    the `steerable` concepts with each steered, and with another one, chosen at random, instead."""
+    the `steerable` concepts with each steered, and with one chosen at random instead."""
     chosen = steerable(entries, concepts)
     other = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0)).tolist()
     for strength in strengths:

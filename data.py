@@ -293,8 +293,8 @@ def prepare(settings):
         if tokenizer == "bpe":
             sample = (text for text, held_out in documents(source) if not held_out)
             text = "".join(islice(sample, 2000)).replace(EOT, "")
-            require(settings.vocab_size <= 8192,
-                    f"--vocab_size {settings.vocab_size} is too large for bpe: 8192 at most")
+            require(257 <= settings.vocab_size <= 8192,
+                    f"--vocab_size {settings.vocab_size}: bpe takes 257 to 8192")
             merged = train_bpe(text[:1 << 25], settings.vocab_size)
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
@@ -338,7 +338,7 @@ class Windows:
     def __init__(self, folder, split, block_size, seed=0, model=None):
         self.block_size, self.seed = block_size, seed
         self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
-        require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
+        require(self.paths, f"no {split} tokens (*{split}*.bin) in {str(folder)!r}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
         try:
             self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2

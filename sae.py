@@ -126,7 +126,9 @@ def load_openai(path):
 # ---- concept labels ------------------------------------------------------------------------------
 
 def residual(teacher, idx, layer):
-    """idx (B,T) -> r (B,T,D), the residual stream after block `layer` (0-based)."""
+    """idx (B,T) -> r (B,T,D), the residual stream after block `layer` (0-based).
+
+    With `loss_from` this is CoCoMix.forward of a plain GPT, cut in two: change both or none."""
     x = teacher.embed(idx)
     for block in teacher.h[:layer + 1]:
         x = block(x)
@@ -148,8 +150,8 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     first, -1 = none.
 
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i,
-    or "shuffled", a control: the attribution labels of another token of the same window. Only
-    scores above 0 make labels. Exact, for less work: the blocks up to `layer` run without a graph,
+    or "shuffled", a control: the attribution labels permuted within the window. Only scores
+    above 0 make labels. Exact, for less work: the blocks up to `layer` run without a graph,
     those above back-propagate to r alone, and only active latents are scored, the others having a_i
     = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change a ranking. ValueError for more
     labels than k."""

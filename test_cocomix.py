@@ -1068,19 +1068,19 @@ def test_a_report_on_made_up_logs(tmp_path, monkeypatch, command):
     ends, ahead = np.array([2.0, 2.2, 2.1]), np.array([0.5, 0.3, 0.4])
     for seed, end in enumerate(ends):
         write_log(f"ntp_{seed}", [5.0, 3.0, end], seed, lr=1.0)
-        write_log(f"mix_{seed}", [5.0, 2.5, end - ahead[seed]], seed, lr=2.0, teacher=seed)
+        write_log(f"{seed}/mix0.1", [5.0, 2.5, end - ahead[seed]], seed, lr=2.0, teacher=seed)
     write_log("worse", [5.0, 4.0, 3.0])
-    rows = command(train_module, "report", "ntp_0", "ntp_1", "ntp_2", "mix_0/", "mix_1", "mix_2",
-                   "worse").splitlines()
+    rows = command(train_module, "report", "ntp_0", "ntp_1", "ntp_2", "0/mix0.1/", "1/mix0.1",
+                   "2/mix0.1", "worse").splitlines()
     error = ahead.std(ddof=1) / 3 ** 0.5
     saved = 100 * (1 - (200 + 100 * (2.5 - ends) / (2.5 - ends + ahead)) / 300)
     saved = f"{saved.mean():.1f} ± {saved.std(ddof=1):.1f}"
     assert rows[2:] == [
         "| ntp_* | 3 | 1,000 | 300 | 1.50e+04 | 6 | 2.1000 ± 0.1000 | - | - |",
-        "| mix_* | 3 | 1,000 | 300 | 1.50e+04 | 6 | 1.7000 ± 0.2000 | "
+        "| */mix0.1 | 3 | 1,000 | 300 | 1.50e+04 | 6 | 1.7000 ± 0.2000 | "
         f"-0.4000 ± {error:.4f} | {saved} |",
         "| worse | 1 | 1,000 | 300 | 1.50e+04 | 6 | 3.0000 | +1.0000 | - (0 of 1) |"]
-    rows = command(train_module, "report", "ntp_0", "mix_0", "--baseline", "mix_0").splitlines()
+    rows = command(train_module, "report", "ntp_0", "--baseline", "0/mix0.1").splitlines()
     assert rows[2].endswith("| 1.5000 | - | - |")
     assert rows[3].endswith("| 2.0000 | +0.5000 | - (0 of 1) |")
 

@@ -281,7 +281,7 @@ def train(settings, world):
 @dataclass(frozen=True)
 class ReportSettings:
     """Compare finished runs by their logs: a Markdown table, and a picture of their curves. Folders
-    that differ in their seed's number alone (out/ntp_0, out/ntp_1) make one row."""
+    that differ in their seed's number alone (out/ntp_0, out/ntp_1; out/0/ntp) make one row."""
     runs: tuple[str, ...]  # folders of runs (--out)
     baseline: str = ""  # one of them, whose row the others are compared with; empty: the first
     plot: str = ""  # file for a picture, .png or .svg (pip install matplotlib)
@@ -311,7 +311,7 @@ def rows_of(folders):
         require(first["validation"] == logs[0][0]["validation"], f"{folder} and {folders[0]} were "
                 "validated on different tokens: report them apart")
         kind = {**first["identity"], "seed": 0, "teacher": 0, "sae": 0}
-        name = re.sub(rf"(.*)(?<!\d){seed}(?!\d)", r"\1*", str(Path(folder)))
+        name = re.sub(rf"(.*)(?<![^/_]){seed}(?![^/_])", r"\1*", Path(folder).as_posix())
         require(kinds.setdefault(name, kind) == kind, f"{folder} differs in more than its seed "
                 f"from the others that are named {name}: rename it")
         rows.setdefault(name, {})[seed] = log
@@ -435,7 +435,7 @@ def evaluate_models(settings, world):
     for name in settings.ckpts:
         model, vocabulary, folder = load_model(name, world)
         folder = settings.data or folder
-        if folder:
+        if folder or not settings.tasks:
             windows = Windows(folder, "val", model.config.block_size, model=model)
             loss = evaluate(model, windows, world)["val_loss"]
             world.print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.4f}, validation "
@@ -464,8 +464,8 @@ REPORT = """
 ```
 
 **What it thinks** at ten tokens of held-out text: the strongest predicted concept, (its logit),
-tokens it fires on > tokens that follow. {hits:.1%} of all predictions are among the teacher's
-labels of their token; always guessing the most frequent labels scores {guess:.1%}.
+tokens it fires on > tokens that follow. {hits:.1%} of a token's strongest are among the teacher's
+labels of it; always guessing the most frequent labels scores {guess:.1%}.
 
 ```
 {thoughts}
