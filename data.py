@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from datetime import timedelta
 from functools import lru_cache
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -48,6 +48,15 @@ def require(condition, message):
     """ValueError(message) unless condition holds: what is wrong, and what mends it."""
     if not condition:
         raise ValueError(message)
+
+
+@contextmanager
+def explain(what, remedy):
+    """`with explain(what, remedy)`: any error inside becomes ValueError: what (error): remedy."""
+    try:
+        yield
+    except Exception as e:  # torch, requests and json raise many kinds
+        raise ValueError(f"{what} ({e!r:.99}): {remedy}") from e
 
 
 def parse(cls, argv=None, presets=None, skip=()):
@@ -67,9 +76,8 @@ def parse(cls, argv=None, presets=None, skip=()):
         kinds = {bool: {"action": argparse.BooleanOptionalAction}, Literal: {"choices": inner},
                  tuple: {"type": inner and inner[0], "nargs": "+"}}
         kind = kinds.get(get_origin(f.type) or f.type, {"type": f.type})
-        name = f.name if f.default is MISSING else f"--{f.name}"
-        parser.add_argument(name, **kind, default=f.default,
-                            help=comments.get(f.name, "").replace("%", "%%"))
+        parser.add_argument(f.name if f.default is MISSING else f"--{f.name}", **kind,
+                            default=f.default, help=comments.get(f.name, "").replace("%", "%%"))
     if presets:
         parser.set_defaults(**presets(parser.parse_known_args(argv)[0]))
     args, unknown = parser.parse_known_args(argv)
@@ -119,13 +127,10 @@ def atomic(path):
 def load_checkpoint(path, kind, mmap=False):
     """The dict in a checkpoint of `kind` "model" or "sae" (`Run.save`); with `mmap` tensors are
     read when they are used. ValueError if it is missing, damaged, foreign, or of another kind."""
-    try:
+    with explain(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind}",
+                 "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote"):
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
-    except Exception as e:  # torch raises many kinds
-        raise ValueError(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind} "
-                         f"({e!r:.99}): name a ckpt.pt that train.py (models) or sae.py (SAEs) "
-                         "wrote") from e
     return ckpt
 
 
@@ -153,12 +158,10 @@ def get_tokenizer(vocabulary):
         ranks = {token: i for i, token in enumerate(tokens)}
         return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
-    try:
+    with explain("GPT-2's tokenizer is neither cached nor to be had",
+                 "go online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the data "
+                 "with --tokenizer bpe"):
         return tiktoken.get_encoding("gpt2")
-    except Exception as e:  # requests' errors, and the cache folder's
-        raise ValueError(f"GPT-2's tokenizer is neither cached nor to be had ({e!r:.99}): go "
-                         "online once, set TIKTOKEN_CACHE_DIR to a folder that has it, or make the "
-                         "data with --tokenizer bpe") from e
 
 
 def train_bpe(text, vocab_size):
@@ -188,10 +191,11 @@ def train_bpe(text, vocab_size):
 
 # ---- text to tokens ------------------------------------------------------------------------------
 
-HUB, RAW = "https://huggingface.co/datasets/", "https://raw.githubusercontent.com/"
-FINEWEB = HUB + "kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}_{:06d}.bin"
-OPENWEBTEXT = HUB + "Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"
-SHAKESPEARE = RAW + "karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}.bin"
+OPENWEBTEXT = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
+               "urlsf_subset{:02d}.tar")
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
+               "input.txt")
 KNOWN = {"pystdlib": "bpe", "shakespeare": "bpe", "openwebtext": "gpt2", "fineweb": "gpt2"}
 NO_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data",
            "encodings"}
@@ -202,7 +206,7 @@ class DataSettings:
     """Turn text into a data set, or download one."""
     source: str  # a text file, a folder of them, or pystdlib, shakespeare, openwebtext, fineweb
     out: str = ""  # folder for it; empty: data/NAME
-    tokenizer: str = "auto"  # bpe, gpt2, or a data set's folder: its own; auto: gpt2 for web texts
+    tokenizer: str = ""  # bpe, gpt2, or a data set's folder: its own; empty: gpt2 for web texts
     vocab_size: int = 1024  # of bpe, which is trained on the text; 257: bytes alone
     shards: int = 21  # files to download, of fineweb (103, 100M tokens each) or openwebtext (21)
 
@@ -212,28 +216,24 @@ def fetch(url, path="", sha256=None):
     ValueError if that fails, or for a wrong hash; a half file never gets the name."""
     path = Path(path or Path.home() / ".cache/cocomix" / url.split("//")[1])
     if not path.exists():
-        with atomic(path) as tmp:
-            try:
-                urllib.request.urlretrieve(url, tmp)
-            except OSError as e:
-                raise ValueError(f"{url} is not to be had ({e}): go online and try again, or put "
-                                 f"the file at {path}") from e
+        with atomic(path) as tmp, explain(f"{url} is not to be had, or damaged",
+                                          f"go online and try again, or put the file at {path}"):
+            urllib.request.urlretrieve(url, tmp)
             digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-            require(sha256 in (None, digest),
-                    f"{url} is damaged, its SHA-256 is {digest}: try again")
+            require(sha256 in (None, digest), f"its SHA-256 is {digest}")
     return path
 
 
 def text_files(source):
     """The text files of pystdlib, shakespeare, a file or a folder, in the order of their names'
     hashes."""
-    root, pattern, skip = Path(source), "*", set()
+    standard = source == "pystdlib"
+    root = Path(os.__file__).parent if standard else Path(source)
     if source == "shakespeare":
         root = fetch(SHAKESPEARE)
-    if source == "pystdlib":
-        root, pattern, skip = Path(os.__file__).parent, "*.py", NO_CODE
-    paths = [p for p in list(root.rglob(pattern)) or [root] if p.is_file()
-             and not any(part in skip or part[0] == "." for part in p.relative_to(root).parts)
+    paths = [p for p in list(root.rglob("*.py" if standard else "*")) or [root] if p.is_file()
+             and not any(part[0] == "." or standard and part in NO_CODE
+                         for part in p.relative_to(root).parts)
              and b"\0" not in open(p, "rb").read(8192)]
     require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
@@ -257,8 +257,7 @@ def documents(source, shards=21):
     folder's val.txt, or 5 % of the text: a file's end, or the files of a folder whose names hash
     lowest; of OpenWebText every 2000th document."""
     if source == "openwebtext":
-        for number, text in enumerate(openwebtext(shards), 1):
-            yield text, number % 2000 == 0
+        yield from zip(openwebtext(shards), cycle([False] * 1999 + [True]))
         return
     paths = text_files(source)
     ends = np.cumsum([p.stat().st_size for p in paths])
@@ -280,16 +279,14 @@ def prepare(settings):
     source, meta = settings.source, GPT2
     out = Path(settings.out or f"data/{Path(source).resolve().stem}")
     if source == "fineweb":
-        for number in [*range(1, settings.shards + 1), 0]:  # validation last: then all are there
-            url = FINEWEB.format("train" if number else "val", number)
-            fetch(url, out / Path(url).name)
+        # validation last: then all are there
+        for part in [*(f"train_{n:06d}" for n in range(1, settings.shards + 1)), "val_000000"]:
+            fetch(FINEWEB.format(part), out / f"fineweb_{part}.bin")
         return out
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
-        tokenizer = settings.tokenizer
-        if tokenizer == "auto":
-            tokenizer = KNOWN.get(source, "bpe")
+        tokenizer = settings.tokenizer or KNOWN.get(source, "bpe")
         if tokenizer == "bpe":
             sample = (text for text, held_out in documents(source) if not held_out)
             text = "".join(islice(sample, 2000)).replace(EOT, "")
@@ -326,7 +323,7 @@ def open_shard(path):
     return np.memmap(path, "<u2", "r", start, (size - start) // 2)
 
 
-class Windows:
+class Windows(torch.utils.data.ConcatDataset):
     """A data set's split as non-overlapping windows of T+1 tokens, dealt out in batches.
 
     `numbers(step, rows, rank, world)` is a pure function: step t takes the next rows * world
@@ -340,13 +337,12 @@ class Windows:
         self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
         require(self.paths, f"no {split} tokens (*{split}*.bin) in {str(folder)!r}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
-        try:
+        with explain(f"{meta} is damaged", "make the data again"):
             self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
             require(self.meta.keys() >= GPT2.keys(), f"it has no {' and '.join(GPT2)}")
-        except (ValueError, AttributeError) as e:
-            raise ValueError(f"{meta} is damaged ({e!r:.99}): make the data again") from e
         self.shards = [open_shard(p) for p in self.paths]
-        self.starts = np.cumsum([0, *(len(s) // (block_size + 1) for s in self.shards)])  # windows
+        width = block_size + 1
+        super().__init__(s[:len(s) // width * width].reshape(-1, width) for s in self.shards)
         count = sum(map(len, self.shards))
         promised = self.meta.get("tokens", {}).get(split, count)
         require(count == promised and len(self), f"{folder} has {count:,} {split} tokens of "
@@ -357,23 +353,11 @@ class Windows:
                 "other tokens than the model's: make it with `python data.py TEXT --tokenizer` and "
                 "gpt2 or the folder of the model's data")
 
-    def __len__(self):
-        return int(self.starts[-1])
-
     def fingerprint(self):
         """16 hex digits that change with the shards' names, sizes and first megabytes."""
         return hashlib.sha256(b"".join(
             f"{path.name} {len(shard)} ".encode() + shard[:1 << 19].tobytes()
             for path, shard in zip(self.paths, self.shards))).hexdigest()[:16]
-
-    def window(self, number):
-        """Window `number` (0-based, file order): int64 (T+1,)."""
-        shard = np.searchsorted(self.starts, number, side="right") - 1
-        start = (number - self.starts[shard]) * (self.block_size + 1)
-        tokens = self.shards[shard][start:start + self.block_size + 1]
-        require(tokens.max() < self.meta["vocab_size"], f"{self.paths[shard]} holds token "
-                f"{tokens.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
-        return torch.from_numpy(tokens.astype(np.int64))
 
     @lru_cache(1)
     def order(self, epoch):
@@ -386,7 +370,10 @@ class Windows:
 
     def batch(self, numbers, device="cpu"):
         """idx and targets (rows,T) int64: the targets are the tokens one further on."""
-        windows = torch.stack([self.window(n) for n in numbers]).to(device)
+        tokens = np.stack([self[n] for n in numbers])
+        require(tokens.max() < self.meta["vocab_size"], f"{self.paths[0].parent} holds token "
+                f"{tokens.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
+        windows = torch.from_numpy(tokens.astype(np.int64)).to(device)
         return windows[:, :-1], windows[:, 1:]
 
     def spread(self, tokens, rank=0, world=1, rows=16):
@@ -409,24 +396,23 @@ class World:
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.signal = self.rank == 0, 0
-        kind = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
-        self.bf16 = dtype == "bfloat16" or dtype == "auto" and kind == "cuda"
-        self.device = torch.device(kind)
-        if kind == "cuda":
+        self.device = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
+        self.bf16 = dtype == "bfloat16" or dtype == "auto" and self.device == "cuda"
+        if self.device == "cuda":
             local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             require(local < gpus,
                     f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
             torch.cuda.set_device(local)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        if kind == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % of a step
+        if self.device == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % a step
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo",
                                     timeout=timedelta(days=2))  # rank 0 may download for hours
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
     def sum(self, tensor):
         """The tensor summed over all ranks, in place."""
@@ -473,7 +459,7 @@ class Run:
         if self.world.main:
             with atomic(self.out / "log.jsonl") as tmp:
                 tmp.write_text("".join(json.dumps(r) + "\n" for r in self.ckpt["log"]), "utf-8")
-        self.clock = time.perf_counter()
+        self.losses, self.clock = [], time.perf_counter()
 
     def steps(self, end, save_interval, name):
         """Yield the steps that are left, behind a progress bar; save after every `save_interval`,
@@ -511,7 +497,6 @@ class Run:
         require(np.isfinite([*means.values()]).all(), f"{means} by step {self.ckpt['step']}: lower "
                 f"--lr, in another --out. The last checkpoint stays in {self.out}")
         self.ckpt["seconds"] += elapsed
-        self.losses = []
         return means | {"per_second": steps / elapsed}
 
     def save(self):

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_rows, standardise
-from data import (GPT2, Run, Windows, World, atomic, fetch, get_tokenizer, identity,
+from data import (GPT2, Run, Windows, World, atomic, explain, fetch, get_tokenizer, identity,
                   load_checkpoint, parse, require, run)
 
 
@@ -109,7 +109,7 @@ class TopKSAE(nn.Module):
 def load_openai(path):
     """OpenAI's SAE for GPT-2 small (openai/sparse_autoencoder, a .pt file with the TopK activation,
     which standardises its input as ours does) -> TopKSAE. ValueError if it is none."""
-    try:
+    with explain(f"{path} is missing, damaged or no TopK SAE of OpenAI's", "download it again"):
         found = torch.load(path, map_location="cpu", weights_only=True)
         n_latents, n_embd = found["encoder.weight"].shape
         require(found["activation"] == "TopK", f"its activation is {found['activation']}")
@@ -117,9 +117,6 @@ def load_openai(path):
         sae.load_state_dict({"pre_bias": found["pre_bias"], "encoder": found["encoder.weight"],
                              "latent_bias": found["latent_bias"], "idle": sae.idle,
                              "decoder": found["decoder.weight"].T})
-    except Exception as e:  # torch raises many kinds
-        raise ValueError(f"{path} is missing, damaged or no TopK SAE of OpenAI's ({e!r:.99}): "
-                         "download it again") from e
     return sae
 
 

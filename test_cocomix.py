@@ -1146,7 +1146,7 @@ def student(corpus, trained, tmp_path_factory):
 
 def test_the_dictionary_is_what_a_brute_force_pass_finds(corpus, trained, student):
     (teacher, sae), val = opened(trained), Windows(corpus, "val", T)
-    encoding, text = get_tokenizer(val.meta), torch.stack([*map(val.window, range(len(val)))])
+    encoding, text = get_tokenizer(val.meta), torch.tensor(np.stack([*val]).astype(int))
     values, latents = sae.encode(residual(teacher, text[:, :-1], 1))
     a = torch.zeros(*text[:, :-1].shape, 64).scatter(-1, latents, values)
     a[:, 0] = 0  # a window's first position is left out

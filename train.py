@@ -29,12 +29,11 @@ from statistics import mean, stdev
 from typing import Literal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
                      steerable)
-from data import (KNOWN, DataSettings, Run, Windows, World, atomic, get_tokenizer, identity,
-                  load_checkpoint, parse, prepare, require, run)
+from data import (KNOWN, DataSettings, Run, Windows, World, atomic, explain, get_tokenizer,
+                  identity, load_checkpoint, parse, prepare, require, run)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
                  load_teacher, train_sae)
 
@@ -127,7 +126,7 @@ def peak_flops(device):
     """Dense bf16 peak of a GPU in FLOP/s, by its datasheet; None if it is not in this table."""
     table = {"b200": 2250e12, "h200": 989e12, "h100 pcie": 756e12, "h100": 989e12, "a100": 312e12,
              "l40s": 362e12, "4090": 165e12, "3090": 71e12}
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    name = torch.cuda.get_device_name().lower() if device == "cuda" else ""
     return next((flops for key, flops in table.items() if key in name), None)
 
 
@@ -157,11 +156,11 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
             total[3] += y.size(-1) * (y >= 0).any(-1).sum().cpu()
             total[4:] += torch.bincount(y[y >= 0], minlength=model.config.n_concepts).cpu()
     loss, count, hits, possible, *seen = world.sum(total).tolist()
-    figures = {"val_loss": loss / count}
-    if labels:
-        guess = sum(sorted(seen)[-labels.shape[-1]:])
-        figures |= {"label_hits": hits / possible, "label_guess": guess / possible}
-    return figures
+    if not labels:
+        return {"val_loss": loss / count}
+    guess = sum(sorted(seen)[-labels.shape[-1]:])
+    return {"val_loss": loss / count, "label_hits": hits / possible,
+            "label_guess": guess / possible}
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -206,10 +205,10 @@ class Setup:
                        settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
         self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # to evaluate and save
-        self.model.vocabulary = self.data.meta
         self.step_model = torch.compile(self.model) if settings.compile else self.model
         if world.size > 1:
-            self.step_model = DistributedDataParallel(self.step_model, gradient_as_bucket_view=True)
+            self.step_model = torch.nn.parallel.DistributedDataParallel(
+                self.step_model, gradient_as_bucket_view=True)
 
     def load(self, step, world):
         """The passes of a step, [(idx, targets, labels or None)], and its number of valid labels,
@@ -261,8 +260,7 @@ def train(settings, world):
         optimizer.zero_grad()
         done = step + 1
         validate = done % settings.eval_interval == 0 or done == settings.steps
-        means = run.mean(validate, **losses, grad_norm=norm)
-        if means:
+        if means := run.mean(validate, **losses, grad_norm=norm):
             speed = means.pop("per_second") * settings.batch_tokens
             record = {"step": done, "tokens": done * settings.batch_tokens, **means,
                       "lr": learning_rate(step, settings), "tok_per_s": round(speed),
@@ -290,13 +288,11 @@ class ReportSettings:
 
 def read_run(folder):
     """The records of a finished run's log. ValueError if it is missing, foreign or unfinished."""
-    try:
+    with explain(f"{folder}/log.jsonl is missing, damaged or no log of train.py",
+                 "name the --out folder of a run"):
         text = Path(folder, "log.jsonl").read_text("utf-8")
         log = [json.loads(line) for line in text.splitlines()]
         steps, at = log[0]["settings"]["steps"], log[-1]["step"]
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{folder}/log.jsonl is missing, damaged or no log of train.py ({e!r}): "
-                         "name the --out folder of a run") from e
     require(at == steps,
             f"{folder} is unfinished, at step {at} of {steps}: give its command again")
     return log
@@ -374,7 +370,7 @@ def plot(rows, path, level=0.0):
         axes.axhline(level, color="gray", linestyle="dashed")
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    with atomic(path) as tmp:
+    with atomic(path) as tmp, explain(f"{path} cannot be drawn", "name a .png or .svg"):
         figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
 
 
@@ -539,20 +535,20 @@ def pipeline(settings, world):
 
 
 def main():
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command == "report":
+    command = sys.argv[1:2]
+    if command == ["report"]:
         settings = parse(ReportSettings, sys.argv[2:])
         rows = rows_of([settings.baseline or settings.runs[0], *settings.runs])
         if settings.plot:
             plot(rows, settings.plot, settings.level)
         return print(compare(rows))
-    if command == "eval":
+    if command == ["eval"]:
         return evaluate_models(parse(EvalSettings, sys.argv[2:]), World())
     settings = parse(TrainSettings, presets=preset, skip=("vocab_size", "mix"))
-    world, name = World(settings.device, settings.dtype), Path(settings.data).name
-    if name in KNOWN and Path(settings.data) == Path("data", name):
-        world.first(lambda: any(Path(settings.data).glob("*val*.bin"))  # made last
-                    or prepare(DataSettings(name)))
+    world, data = World(settings.device, settings.dtype), Path(settings.data)
+    if data.parent == Path("data") and data.name in KNOWN:
+        world.first(lambda: any(data.glob("*val*.bin"))  # made last
+                    or prepare(DataSettings(data.name)))
     if settings.mode == "all":
         return pipeline(settings, world)
     _, log = train(settings, world)
