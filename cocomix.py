@@ -97,16 +97,15 @@ class Attention(nn.Module):
 
     def forward(self, x, past=None):
         """(B,S,D) -> (B,S,D). The list `past` keeps the keys and values of earlier positions."""
-        B, S, D = x.shape
-        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         mask = None
         if past:  # lower-right causal: the last row sees all, the row above one less
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-            mask = torch.ones(S, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - S)
+            mask = x.new_ones(x.size(1), k.size(2), dtype=torch.bool).tril(past[0].size(2))
         if past is not None:
             past[:] = k, v
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.c_proj(y.transpose(1, 2).reshape(B, S, D))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -126,32 +125,27 @@ class Block(nn.Module):
 # ---- the method: predict, mix, interleave --------------------------------------------------------
 
 def standardise(x):
-    """Equation (1) before b_pre: x (..., D) -> (x - mu) / (std + 1e-5), mu and std (..., 1), fp32.
-
-    `std` is unbiased and comes back without the 1e-5. The SAE reads its input the same way."""
+    """Equation (1) before b_pre, fp32: x (..., D) -> (x - mu) / (std + 1e-5), mu (..., 1), and std
+    (..., 1), unbiased, without the 1e-5. The SAE reads its input the same way."""
     x = x.float()
     mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     return (x - mu) / (std + 1e-5), mu, std
 
 
 def sparse_rows(values, indices, rows):
-    """sum_j values[..., j] * rows[indices[..., j]]: (..., K), (..., K), (C,D) -> (..., D).
-
-    A vector with K of C entries times a (C,D) matrix: W_c transposed, or the SAE's decoder."""
+    """sum_j values[..., j] * rows[indices[..., j]]: (..., K), (..., K), (C,D) -> (..., D), a vector
+    with K of C entries times a matrix: W_c transposed, or the SAE's decoder."""
     out = F.embedding_bag(indices.flatten(0, -2), rows, mode="sum",
                           per_sample_weights=values.flatten(0, -2))
     return out.unflatten(0, indices.shape[:-1])
 
 
 def concept_loss(z, labels, n_valid=None):
-    """L_concept of equation (5): z (B,T,C), labels (B,T,n) int64, -1 = none -> () in nats.
-
-    One log-sum-exp serves all n labels of a token. The sum is divided by `n_valid`, by default the
-    number of valid labels, at least 1."""
-    valid = labels >= 0
+    """L_concept of equation (5): z (B,T,C), labels (B,T,n) int64, -1 = none -> () in nats: the sum
+    over valid labels by `n_valid`, by default their number, at least 1."""
     losses = z.logsumexp(-1, keepdim=True) - z.gather(-1, labels.clamp(min=0))
-    n_valid = valid.sum().clamp(min=1) if n_valid is None else n_valid
-    return losses.masked_fill(~valid, 0).sum() / n_valid
+    n_valid = (labels >= 0).sum().clamp(min=1) if n_valid is None else n_valid
+    return losses.masked_fill(labels < 0, 0).sum() / n_valid
 
 
 def interleave(h, c):
@@ -181,18 +175,17 @@ class ConceptLayer(nn.Module):
             if not self.mixes:
                 return None, z
             scores = z if steer is None else z + steer * z.amax(-1, keepdim=True).abs()
-            rows = self.compress.weight.T.contiguous()  # one for each concept
-            c = sparse_rows(*scores.topk(self.k), rows) + self.compress.bias
-            return (c + self.pre_bias) * std + mu, z
+            c = sparse_rows(*scores.topk(self.k), self.compress.weight.T.contiguous())
+            return (c + self.compress.bias + self.pre_bias) * std + mu, z
 
 
 class CoCoMix(nn.Module):
     """The student. With mix none a plain GPT-2 (teacher, NTP), with mix pause its pause tokens."""
 
-    def __init__(self, config):
+    def __init__(self, config, vocabulary=None):
         super().__init__()
         self.config = config
-        self.vocabulary = {"vocab_size": config.vocab_size}  # what is known of its tokens
+        self.vocabulary = vocabulary or {"vocab_size": config.vocab_size}  # data's meta.json
         # positions a token has from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
         rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
@@ -220,8 +213,6 @@ class CoCoMix(nn.Module):
 
     def insert(self, h, c):
         """Equation (4), or an ablation of it: h, c (B,T,D) -> (B,S,D)."""
-        if self.config.insertion == "none":
-            return h
         c = h + c if self.config.concept_residual else c.expand_as(h)
         return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
@@ -234,14 +225,12 @@ class CoCoMix(nn.Module):
         step weighs the same. `past` is a cache, a list for each block: tokens of idx that are in it
         already are skipped, and logits are those of the others. ValueError for no tokens, or more
         than block_size."""
-        h, z = self.embed(idx), None
-        if past and past[-1]:
-            h = h[:, past[-1][0].size(2) // self.positions:]
+        cached = past[-1][0].size(2) // self.positions if past and past[-1] else 0  # tokens
+        h, z = self.embed(idx)[:, cached:], None
         for i, block in enumerate(self.h):
             if self.config.mix != "none" and i == self.config.insert_layer:
-                concept = self.config.mix == "concept"
-                c, z = self.concept(h, steer) if concept else (self.pause, None)
-                h = self.insert(h, c)
+                c, z = (self.pause, None) if self.config.mix == "pause" else self.concept(h, steer)
+                h = h if c is None else self.insert(h, c)
             h = block(h, past[i] if past else None)
         h = h[:, self.positions - 1::self.positions]  # of two positions, the concept's
         logits = F.linear(self.ln_f(h), self.wte.weight)[..., :self.config.vocab_size]
@@ -293,10 +282,8 @@ class CoCoMix(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Training FLOPs of a token in a full block, without labels: 3 x the forward products, a
-        multiply-add being two.
-
-        Attention counts the full square, as PaLM (arXiv 2204.02311, appendix B) and nanoGPT do."""
+        """Training FLOPs of a token in a full block, without labels: 3 x the forward products, 2 a
+        multiply-add; attention's full square, as in PaLM (arXiv 2204.02311, B) and nanoGPT."""
         config, products = self.config, self.wte.weight.numel()
         for i, block in enumerate(self.h):
             n = self.positions if i >= config.insert_layer else 1
@@ -309,31 +296,31 @@ class CoCoMix(nn.Module):
     @classmethod
     def from_checkpoint(cls, ckpt):
         """The model in a checkpoint dict of kind "model" (data.load_checkpoint)."""
-        model = cls(CoCoMixConfig(**ckpt["config"]))
+        model = cls(CoCoMixConfig(**ckpt["config"]), ckpt["vocabulary"])
         model.load_state_dict(ckpt["model"])
-        model.vocabulary = ckpt["vocabulary"]
         return model
 
 
 # ---- weights of other codes: Hugging Face's GPT-2 and the paper's released CoCoMix ---------------
 
-OUR_NAMES = {"pre_bias": "concept.pre_bias", "concept_predictor": "concept.predictor",
-             "compress_layer": "concept.compress"}
+OUR_NAMES = {"pre_bias": "concept.pre_bias",
+             "concept_predictor.weight": "concept.predictor.weight",
+             "concept_predictor.bias": "concept.predictor.bias",
+             "compress_layer.weight": "concept.compress.weight",
+             "compress_layer.bias": "concept.compress.bias"}
 
 
 def read_tensors(path):
     """The tensors of a .safetensors file (floating-point ones) or a torch file, by name."""
-    if not str(path).endswith(".safetensors"):
+    if Path(path).suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True)
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    data, tensors = bytearray(Path(path).read_bytes()), {}
-    start = 8 + int.from_bytes(data[:8], "little")
-    for name, entry in json.loads(data[8:start]).items():
-        if entry.get("dtype") in kinds:
-            begin, end = entry["data_offsets"]
-            tensors[name] = torch.frombuffer(  # of a copy: the file is not aligned
-                data[start + begin:start + end], dtype=kinds[entry["dtype"]]).view(entry["shape"])
-    return tensors
+    with open(path, "rb") as f:  # length of the header, header, tensors
+        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        data = bytearray(f.read())
+    return {name: torch.frombuffer(data[slice(*entry["data_offsets"])],  # a copy, so aligned
+                                   dtype=kinds[entry["dtype"]]).view(entry["shape"])
+            for name, entry in header.items() if entry.get("dtype") in kinds}
 
 
 def load_hf(path, config=None):
@@ -342,10 +329,10 @@ def load_hf(path, config=None):
     Sizes of a GPT-2 come from its tensors, with 64 wide heads. A CoCoMix needs its whole `config`:
     its file does not hold n_head, insert_layer and k_concepts. A plain GPT is centred: GPT-2's
     logits lie near -100, where bf16 steps are 0.5, so the mean row moves from wte to wpe, which
-    changes a position's logits by a constant. ValueError for a damaged file, or names of what does
-    not fit."""
+    changes a position's logits by a constant. ValueError names what is damaged or does not fit."""
     try:
-        found = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()}
+        found = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()  # no mask
+                 if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
         wte, wpe = found["wte.weight"], found["wpe.weight"]
     except Exception as e:  # torch raises many kinds
         raise ValueError(f"{path} is missing, damaged or no GPT-2 ({e!r:.200}): name a "
@@ -357,13 +344,10 @@ def load_hf(path, config=None):
             mix="none", n_layer=sum(name.endswith("ln_1.weight") for name in found),
             n_head=wte.size(1) // 64 or 1, n_embd=wte.size(1), vocab_size=len(wte),
             block_size=len(wpe))
-    model, tensors = CoCoMix(config), {}
-    for name, tensor in found.items():
-        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.T  # Conv1D stores (in, out)
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):  # mask; wte
-            first, dot, rest = name.partition(".")
-            tensors[OUR_NAMES.get(first, first) + dot + rest] = tensor
+    model = CoCoMix(config)
+    turned = "c_attn.weight", "c_proj.weight", "c_fc.weight"  # Conv1D stores (in, out)
+    tensors = {OUR_NAMES.get(name, name): tensor.T if name.endswith(turned) else tensor
+               for name, tensor in found.items()}
     centre = wte.mean(0) if config.mix == "none" else 0
     padding = 0, 0, 0, len(model.wte.weight) - config.vocab_size
     tensors |= {"wte.weight": F.pad(wte - centre, padding), "wpe.weight": wpe + centre}
@@ -396,22 +380,6 @@ class GenerateSettings:
     study: bool = False  # measure steering over many prompts, concepts and strengths
 
 
-def load_dictionary(path, ckpt):
-    """The entries of the concept dictionary beside the SAE that the model `ckpt` at `path` learned
-    from, a dict a concept (`sae.describe`). ValueError if it is missing or of another SAE, or for a
-    model without concepts."""
-    require("sae" in ckpt["identity"],
-            f"{path} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
-    path = Path(path).parent / ckpt["dictionary"]
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise ValueError(f"{path} is missing, damaged or of another SAE ({e!r:.99}): make it with "
-                         "`python sae.py describe --sae SAE --teacher TEACHER --data DATA`") from e
-    return found["concepts"]
-
-
 def in_words(entry):
     """A concept in a few words: tokens it fires on > tokens that follow, and its page if any."""
     sides = (" ".join(repr(text) for _, text, *_ in entry[k][:3]) for k in ("tokens", "next"))
@@ -419,10 +387,10 @@ def in_words(entry):
 
 
 @torch.no_grad()
-def inspect(model, encoding, ids, entries, n=4):
-    """Yield a line for each token of `ids`: its n strongest concepts, with logits, in words."""
-    z = model(torch.tensor([ids], device=model.wte.weight.device)).concept_logits[0]  # (T,C)
-    for token, values, concepts in zip(ids, *map(torch.Tensor.tolist, z.topk(n))):
+def inspect(model, encoding, idx, entries, n=4):
+    """Yield a line for each token of idx (1,T): its n strongest concepts, with logits, in words."""
+    best = model(idx).concept_logits.topk(n)
+    for token, values, concepts in zip(*(x[0].tolist() for x in (idx, *best))):
         words = [f"{i} ({x:.1f}) {in_words(entries[i])}" for x, i in zip(values, concepts)]
         yield f"{encoding.decode([token])!r:<14} {' | '.join(words)}"
 
@@ -433,16 +401,14 @@ def steerable(entries, count):
     often = [e for e in entries if e["rate"] >= 1e-3 and e["next"] and e["next"][0][2] >= 0.1]
     require(often, "no concept that fires on 1 token in 1000 has a follower of share 0.1: describe "
             "the SAE on more text")
-    often.sort(key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3]))
-    chosen = {}
-    for entry in often:  # of equal followers the first stays
+    chosen = {}  # of equal followers the first stays
+    for entry in sorted(often, key=lambda e: -e["next"][0][2] * math.log(e["next"][0][3])):
         chosen.setdefault(entry["next"][0][0], entry)
     return list(chosen.values())[:count]
 
 
 def follower_rate(model, prompts, entry, steer):
-    """The share of a concept's typical followers in 24 tokens generated from each of prompts
-    (P,T)."""
+    """The share of a concept's typical followers in 24 tokens generated after prompts (P,T)."""
     torch.manual_seed(0)
     new = model.generate(prompts, 24, steer=steer)[:, prompts.size(1):]
     followers = [token for token, _, share, _ in entry["next"] if share >= 0.1]
@@ -462,11 +428,12 @@ def study(model, prompts, entries, strengths=(-4, -2, -1, 0, 1, 2, 4), concepts=
 
 
 def main():
-    from data import Windows, World, get_tokenizer, load_checkpoint, parse
+    from data import Windows, World, get_tokenizer, load_checkpoint, load_dictionary, parse
     settings, device = parse(GenerateSettings), World().device
     ckpt = load_checkpoint(settings.ckpt, "model")
     model, encoding = CoCoMix.from_checkpoint(ckpt).to(device), get_tokenizer(ckpt["vocabulary"])
-    ids = encoding.encode_ordinary(settings.prompt)  # special tokens in it are plain text
+    # special tokens in the prompt are plain text
+    prompt = torch.tensor([encoding.encode_ordinary(settings.prompt)], device=device)
     if settings.study:
         T = model.config.block_size
         text = Windows(ckpt["settings"]["data"], "val", T, model=model)
@@ -476,12 +443,12 @@ def main():
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
     elif settings.inspect:
         print("token          concept (logit) tokens it fires on > tokens that follow")
-        print(*inspect(model, encoding, ids, load_dictionary(settings.ckpt, ckpt)), sep="\n")
+        print(*inspect(model, encoding, prompt, load_dictionary(settings.ckpt, ckpt)), sep="\n")
     else:
         for steer in [{}, dict(settings.steer)] if settings.steer else [{}]:
             torch.manual_seed(settings.seed)
-            new = model.generate(torch.tensor([ids], device=device), settings.tokens,
-                                 settings.temperature, settings.top_k, steer)
+            new = model.generate(
+                prompt, settings.tokens, settings.temperature, settings.top_k, steer)
             print(f"---- steered {steer}:\n" * bool(steer) + encoding.decode(new[0].tolist()))
 
 

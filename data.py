@@ -134,6 +134,20 @@ def load_checkpoint(path, kind, mmap=False):
     return ckpt
 
 
+def load_dictionary(path, ckpt):
+    """The entries (`sae.describe`) of the concept dictionary beside the SAE that the model `ckpt`
+    at `path` learned from. ValueError if it is missing or of another SAE, or for a model without
+    concepts."""
+    require("sae" in ckpt["identity"],
+            f"{path} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
+    path = Path(path).parent / ckpt["dictionary"]
+    with explain(f"{path} is missing, damaged or of another SAE",
+                 "make it with `python sae.py describe --sae SAE --teacher TEACHER --data DATA`"):
+        found = json.loads(path.read_text("utf-8"))
+        require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
+    return found["concepts"]
+
+
 def identity(settings, free, **more):
     """What makes two runs the same: settings off their defaults, without those in `free`, and
     `more`. A fork that adds a setting can so go on with older runs."""

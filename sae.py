@@ -86,21 +86,20 @@ class TopKSAE(nn.Module):
         values, indices = pre.topk(self.k)
         r_hat = self.decode(values.relu(), indices)
         error, aux_loss = r - r_hat, r.new_zeros(())
-        rest, dead = error.detach(), (self.idle > self.dead_after).nonzero().squeeze(-1)
+        mse, dead = error.square().mean(), torch.where(self.idle > self.dead_after)[0]
         if self.training and len(dead):  # AuxK (appendix A.2): they rebuild the rest, no bias
             best, at = pre[..., dead].topk(min(self.config["k_aux"], len(dead)))
             rebuilt = sparse_rows(best.relu(), dead[at], self.decoder)
-            aux_loss = (rest - rebuilt).square().mean() / rest.square().mean().clamp(min=1e-12)
-        variance = r.flatten(0, -2).var(0, correction=0)  # of each dimension, over tokens
-        fvu = rest.square().mean() / variance.mean()
-        loss = error.square().mean() + self.config["aux_weight"] * aux_loss
+            aux_loss = (error.detach() - rebuilt).square().mean() / mse.detach().clamp(min=1e-12)
+        fvu = mse.detach() / r.flatten(0, -2).var(0, correction=0).mean()  # over tokens
+        loss = mse + self.config["aux_weight"] * aux_loss
         return SAEOutput(r_hat * std + mu, values.relu(), indices, loss, aux_loss, fvu)
 
     @torch.no_grad()
     def after_step(self, out, world):
         """After every optimiser step with that step's SAEOutput: decoder rows back to unit norm,
         idle counts brought up to date over all ranks."""
-        self.decoder.copy_(F.normalize(self.decoder, dim=-1))
+        F.normalize(self.decoder, dim=-1, out=self.decoder)
         fired = torch.bincount(out.indices[out.values > 0], minlength=len(self.idle))
         self.idle += out.indices.numel() // self.k * world.size
         self.idle[world.sum(fired) > 0] = 0
@@ -142,6 +141,7 @@ def loss_from(teacher, r, targets, layer):
                            reduction="sum")
 
 
+@torch.no_grad()
 def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attribution"):
     """The concepts each token is to predict: idx, targets (B,T) int64 -> (B,T,n_labels) int64, best
     first, -1 = none.
@@ -153,18 +153,14 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change a ranking. ValueError for more
     labels than k."""
     require(1 <= n_labels <= sae.k, f"n_labels={n_labels} is not in 1 to the SAE's k={sae.k}")
-    with torch.no_grad():
-        r = residual(teacher, idx, layer)
-        with torch.autocast(r.device.type, enabled=False):
-            scores, indices = sae.encode(r)  # a_i (B,T,K), their latents
-    if rank_by != "activation":
-        r.requires_grad_()
-        with torch.enable_grad():
-            g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
-        with torch.autocast(r.device.type, enabled=False):
-            dots = [sae.decoder[i] @ row.unsqueeze(-1) for i, row in zip(indices, g)]
-        scores = scores * torch.stack(dots).squeeze(-1)  # s_i
-    scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
+    r = residual(teacher, idx, layer).requires_grad_()
+    with torch.enable_grad():
+        g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
+    with torch.autocast(r.device.type, enabled=False):
+        a, indices = sae.encode(r)  # (B,T,K), (B,T,K)
+        dots = [sae.decoder[i] @ row.unsqueeze(-1) for i, row in zip(indices, g)]
+    s = a * torch.stack(dots).squeeze(-1)
+    scores = {"activation": a, "negative": -s, "absolute": s.abs()}.get(rank_by, s)
     best, at = scores.topk(n_labels)
     labels = indices.gather(-1, at).masked_fill(best <= 0, -1)
     if rank_by == "shuffled":
@@ -190,7 +186,7 @@ class Labels:
         self.path = windows.paths[0].with_suffix(f".{digest.hexdigest()[:16]}.labels")
         if keep:
             require(n_concepts < 65534, f"{n_concepts} concepts are too many: --no-keep_labels")
-            self.path.open("ab").close()
+            self.path.touch()
             self.file = self.path.open("r+b", buffering=0)
 
     def __call__(self, idx, targets, numbers):
@@ -211,7 +207,7 @@ class Labels:
 def fingerprint(module):
     """16 hex digits of the SHA-256 of a module's tensors: which teacher, which SAE."""
     return hashlib.sha256(b"".join(
-        name.encode() + tensor.cpu().contiguous().numpy().tobytes()
+        name.encode() + tensor.cpu().numpy().tobytes()
         for name, tensor in sorted(module.state_dict().items()))).hexdigest()[:16]
 
 
@@ -256,8 +252,8 @@ def load_sae(name, teacher, world):
         sae.load_state_dict(ckpt["sae"])
         require(ckpt["identity"]["teacher"] == fingerprint(teacher), f"{name} was trained on "
                 "another teacher: train an SAE on this one with `python sae.py --teacher CKPT`")
-    require(sae.pre_bias.numel() == teacher.config.n_embd and layer < teacher.config.n_layer,
-            f"{name} reads block {layer}, {sae.pre_bias.numel()} wide; the teacher has "
+    require(len(sae.pre_bias) == teacher.config.n_embd and layer < teacher.config.n_layer,
+            f"{name} reads block {layer}, {len(sae.pre_bias)} wide; the teacher has "
             f"{teacher.config.n_layer} blocks, {teacher.config.n_embd} wide: take its own SAE")
     return sae.to(world.device).eval().requires_grad_(False), layer, Path(name)
 
@@ -382,19 +378,19 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page=""):
     idx, targets = windows.batch(sum(windows.spread(tokens), []))
     parts = [sae.encode(residual(teacher, rows.to(device), layer)) for rows in idx.split(16)]
     values, latents = (torch.cat(part)[:, 1:].cpu().flatten() for part in zip(*parts))
-    places = torch.arange(idx.numel()).view(idx.shape)[:, 1:].repeat_interleave(sae.k)
+    places = torch.arange(idx.numel()).view_as(idx)[:, 1:].repeat_interleave(sae.k)
     order = np.lexsort((places, -values, latents))  # by latent, its strongest first
-    fired = torch.bincount(latents[values > 0], minlength=len(sae.decoder)).tolist()
-    entries, starts = [], np.searchsorted(latents[order].numpy(), np.arange(len(fired)))
+    fired = order[values.numpy()[order] > 0]
+    entries, ends = [], np.bincount(latents[fired], minlength=len(sae.decoder)).cumsum()
     text = torch.cat([idx, targets[:, -1:]], 1).flatten()
     frequency = torch.bincount(text, minlength=encoding.n_vocab) / len(text)
-    for latent, (start, count) in enumerate(zip(starts, fired)):
-        best, snippets = order[start:start + min(count, 64)], []
+    for latent, own in enumerate(np.split(fired, ends[:-1])):
+        best, snippets = own[:64], []
         for at, value in zip(places[best][:8].tolist(), values[best].tolist()):
             row, t = idx[at // idx.size(1)].tolist(), at % idx.size(1)
             around = row[max(0, t - 12):t], row[t:t + 1], row[t + 1:t + 13]
             snippets.append([*map(encoding.decode, around), value])
-        entries.append({"id": latent, "rate": count * sae.k / len(places), "snippets": snippets,
+        entries.append({"id": latent, "rate": len(own) * sae.k / len(places), "snippets": snippets,
                         "tokens": typical(idx.flatten()[places[best]], frequency, encoding),
                         "next": typical(targets.flatten()[places[best]], frequency, encoding),
                         "page": page.format(layer, latent)})

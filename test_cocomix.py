@@ -25,10 +25,9 @@ import cocomix as cocomix_module
 import data as data_module
 import sae as sae_module
 import train as train_module
-from cocomix import (CoCoMix, CoCoMixConfig, GenerateSettings, load_dictionary, load_hf,
-                     steerable, study)
+from cocomix import CoCoMix, CoCoMixConfig, GenerateSettings, load_hf, steerable, study
 from data import (EOT, DataSettings, Run, Windows, World, documents, fetch, get_tokenizer,
-                  load_checkpoint, open_shard, parse, prepare, train_bpe)
+                  load_checkpoint, load_dictionary, open_shard, parse, prepare, train_bpe)
 from sae import (Labels, SAESettings, TopKSAE, concept_labels, evaluate_sae, fingerprint,
                  load_openai, load_sae, load_teacher, loss_from, residual, train_sae)
 from train import TrainSettings, distillation, learning_rate, preset, train

@@ -30,10 +30,9 @@ from typing import Literal
 
 import torch
 
-from cocomix import (CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, load_dictionary,
-                     steerable)
+from cocomix import CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, steerable
 from data import (KNOWN, DataSettings, Run, Windows, World, atomic, explain, get_tokenizer,
-                  identity, load_checkpoint, parse, prepare, require, run)
+                  identity, load_checkpoint, load_dictionary, parse, prepare, require, run)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
                  load_teacher, train_sae)
 
@@ -204,8 +203,8 @@ class Setup:
                 Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
                        settings.keep_labels) for windows in (self.data, self.val))
         torch.manual_seed(settings.seed)
-        self.model = CoCoMix(CoCoMixConfig(**sizes)).to(world.device)  # to evaluate and save
-        self.step_model = torch.compile(self.model) if settings.compile else self.model
+        self.model = CoCoMix(CoCoMixConfig(**sizes), self.data.meta).to(world.device)
+        self.step_model = torch.compile(self.model) if settings.compile else self.model  # to train
         if world.size > 1:
             self.step_model = torch.nn.parallel.DistributedDataParallel(
                 self.step_model, gradient_as_bucket_view=True)
@@ -504,7 +503,7 @@ def first_report(out, ntp, cocomix, val):
     typical = steerable(entries, 20)
     best = next((entry for entry in typical if entry["next"][0][1][0] == " "), typical[0])
     rates = [follower_rate(cocomix, prompts, best, {best["id"]: s}) for s in (0, 2, 4)]
-    thoughts = list(inspect(cocomix, encoding, prompts[-1].tolist(), entries, 1))[-10:]
+    thoughts = list(inspect(cocomix, encoding, prompts[-1:], entries, 1))[-10:]
     return REPORT.format(
         table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
