@@ -111,11 +111,11 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D = config.n_embd
-        self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.ln_1, self.ln_2 = nn.LayerNorm(config.n_embd), nn.LayerNorm(config.n_embd)
         self.attn = Attention(config)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(D, 4 * D), gelu=nn.GELU(approximate="tanh"), c_proj=nn.Linear(4 * D, D)))
+            c_fc=nn.Linear(config.n_embd, 4 * config.n_embd), gelu=nn.GELU(approximate="tanh"),
+            c_proj=nn.Linear(4 * config.n_embd, config.n_embd)))
 
     def forward(self, x, past=None):
         x = x + self.attn(self.ln_1(x), past)
@@ -188,8 +188,8 @@ class CoCoMix(nn.Module):
         self.vocabulary = vocabulary or {"vocab_size": config.vocab_size}  # data's meta.json
         # positions a token has from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
-        rows = 64 * math.ceil(config.vocab_size / 64)  # odd sizes are slow in bf16
-        self.wte = nn.Embedding(rows, config.n_embd)  # also the output head (tied)
+        # the output head, too (tied): padded, since odd sizes are slow in bf16
+        self.wte = nn.Embedding(64 * math.ceil(config.vocab_size / 64), config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
@@ -217,14 +217,12 @@ class CoCoMix(nn.Module):
         return interleave(h, c) if self.config.insertion == "interleave" else h + c
 
     def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
-        """idx, targets (B,T), concept_labels (B,T,n; with targets), int64 -> Output. -1 is no
-        target, no label.
+        """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
 
-        The concept loss is a sum divided by `n_valid`, by default the number of valid labels here;
-        train.py gives the mean number over a step's passes and ranks, so that each label of the
-        step weighs the same. `past` is a cache, a list for each block: tokens of idx that are in it
-        already are skipped, and logits are those of the others. ValueError for no tokens, or more
-        than block_size."""
+        `n_valid` (`concept_loss`): train.py gives the mean over a step's passes and ranks, so that
+        each label of the step weighs the same. `past` is a cache, a list for each block: tokens of
+        idx that are in it already are skipped, and logits are those of the others. ValueError for
+        no tokens, or more than block_size. Labels go with targets."""
         cached = past[-1][0].size(2) // self.positions if past and past[-1] else 0  # tokens
         h, z = self.embed(idx)[:, cached:], None
         for i, block in enumerate(self.h):
@@ -273,9 +271,10 @@ class CoCoMix(nn.Module):
 
     def configure_optimizer(self):
         """Fused AdamW that decays matrices (embeddings too), not biases, norms and lone vectors."""
-        groups = [{"params": [p for p in self.parameters() if p.dim() >= 2]},
-                  {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        return torch.optim.AdamW(
+            [{"params": [p for p in self.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+             {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0}],
+            betas=(0.9, 0.95), fused=True)
 
     def num_parameters(self):
         """All parameters, compression layer included (the paper's counts leave it out)."""
@@ -435,11 +434,11 @@ def main():
     # special tokens in the prompt are plain text
     prompt = torch.tensor([encoding.encode_ordinary(settings.prompt)], device=device)
     if settings.study:
-        T = model.config.block_size
-        text = Windows(ckpt["settings"]["data"], "val", T, model=model)
-        prompts = text.batch(sum(text.spread(32 * T), []), device)[0][:, :T // 4]
+        text = Windows(ckpt["settings"]["data"], "val", model.config.block_size, model=model)
+        idx, _ = text.batch(sum(text.spread(32 * text.block_size), []), device)
         print("| strength | typical followers | with a random concept steered |\n|---|---|---|")
-        for row in study(model, prompts, load_dictionary(settings.ckpt, ckpt)):
+        for row in study(model, idx[:, :text.block_size // 4],
+                         load_dictionary(settings.ckpt, ckpt)):
             print("| {:+} | {:.4f} | {:.4f} |".format(*row), flush=True)
     elif settings.inspect:
         print("token          concept (logit) tokens it fires on > tokens that follow")
