@@ -26,6 +26,7 @@ import tarfile
 import tempfile
 import time
 import urllib.request
+import zipfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
@@ -129,6 +130,7 @@ def load_checkpoint(path, kind, mmap=False):
     read when they are used. ValueError if it is missing, damaged, foreign, or of another kind."""
     with explain(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind}",
                  "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote"):
+        require(not zipfile.ZipFile(path).testzip(), "a checksum in it is wrong")
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
     return ckpt
