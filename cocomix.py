@@ -125,8 +125,9 @@ class Block(nn.Module):
 # ---- the method: predict, mix, interleave --------------------------------------------------------
 
 def standardise(x):
-    """Equation (1) before b_pre, fp32: x (..., D) -> (x - mu) / (std + 1e-5), mu (..., 1), and std
-    (..., 1), unbiased, without the 1e-5. The SAE reads its input the same way."""
+    """Equation (1) before b_pre: x (..., D) -> (x - mu) / (std + 1e-5), mu and std (..., 1), fp32.
+
+    `std` is unbiased and comes back without the 1e-5. The SAE reads its input the same way."""
     x = x.float()
     mu, std = x.mean(-1, keepdim=True), x.std(-1, keepdim=True)
     return (x - mu) / (std + 1e-5), mu, std
@@ -142,7 +143,7 @@ def sparse_rows(values, indices, rows):
 
 def concept_loss(z, labels, n_valid=None):
     """L_concept of equation (5): z (B,T,C), labels (B,T,n) int64, -1 = none -> () in nats: the sum
-    over valid labels by `n_valid`, by default their number, at least 1."""
+    over valid labels, divided by `n_valid`: if None, by their number, at least 1."""
     losses = z.logsumexp(-1, keepdim=True) - z.gather(-1, labels.clamp(min=0))
     n_valid = (labels >= 0).sum().clamp(min=1) if n_valid is None else n_valid
     return losses.masked_fill(labels < 0, 0).sum() / n_valid
@@ -185,7 +186,7 @@ class CoCoMix(nn.Module):
     def __init__(self, config, vocabulary=None):
         super().__init__()
         self.config = config
-        self.vocabulary = vocabulary or {"vocab_size": config.vocab_size}  # data's meta.json
+        self.vocabulary = vocabulary or {"vocab_size": config.vocab_size}  # meta.json's
         # positions a token has from the insertion on
         self.positions = 2 if config.mix != "none" and config.insertion == "interleave" else 1
         # the output head, too (tied): padded, since odd sizes are slow in bf16
@@ -219,10 +220,10 @@ class CoCoMix(nn.Module):
     def forward(self, idx, targets=None, concept_labels=None, n_valid=None, steer=None, past=None):
         """idx, targets (B,T), concept_labels (B,T,n), int64 -> Output. -1 is no target, no label.
 
-        `n_valid` (`concept_loss`): train.py gives the mean over a step's passes and ranks, so that
-        each label of the step weighs the same. `past` is a cache, a list for each block: tokens of
-        idx that are in it already are skipped, and logits are those of the others. ValueError for
-        no tokens, or more than block_size. Labels go with targets."""
+        `n_valid` (`concept_loss`): train.py gives the mean number of valid labels over a step's
+        passes and ranks, so that each label of the step weighs the same. `past` is a cache, a list
+        for each block: tokens of idx that are in it already are skipped, and logits are those of
+        the others. ValueError for no tokens, or more than block_size. Labels go with targets."""
         cached = past[-1][0].size(2) // self.positions if past and past[-1] else 0  # tokens
         h, z = self.embed(idx)[:, cached:], None
         for i, block in enumerate(self.h):
@@ -281,8 +282,8 @@ class CoCoMix(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Training FLOPs of a token in a full block, without labels: 3 x the forward products, 2 a
-        multiply-add; attention's full square, as in PaLM (arXiv 2204.02311, B) and nanoGPT."""
+        """Training FLOPs of a token in a full block, without labels: 3 x the forward products, a
+        multiply-add being 2; attention's full square, as PaLM (arXiv 2204.02311, B) and nanoGPT."""
         config, products = self.config, self.wte.weight.numel()
         for i, block in enumerate(self.h):
             n = self.positions if i >= config.insert_layer else 1
@@ -330,7 +331,8 @@ def load_hf(path, config=None):
     logits lie near -100, where bf16 steps are 0.5, so the mean row moves from wte to wpe, which
     changes a position's logits by a constant. ValueError names what is damaged or does not fit."""
     try:
-        found = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()  # no mask
+        # without masks, and the head, which is wte
+        found = {k.removeprefix("transformer."): v for k, v in read_tensors(path).items()
                  if not k.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))}
         wte, wpe = found["wte.weight"], found["wpe.weight"]
     except Exception as e:  # torch raises many kinds

@@ -126,8 +126,9 @@ def atomic(path):
 
 
 def load_checkpoint(path, kind, mmap=False):
-    """The dict in a checkpoint of `kind` "model" or "sae" (`Run.save`); with `mmap` tensors are
-    read when they are used. ValueError if it is missing, damaged, foreign, or of another kind."""
+    """The dict in a checkpoint of `kind` "model" or "sae" (`Run.save`). All of it is read once, for
+    its checksums; with `mmap` only tensors that are used stay in memory. ValueError if it is
+    missing, damaged, foreign, or of another kind."""
     with explain(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind}",
                  "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote"):
         require(not zipfile.ZipFile(path).testzip(), "a checksum in it is wrong")
@@ -147,7 +148,7 @@ def load_dictionary(path, ckpt):
                  "make it with `python sae.py describe --sae SAE --teacher TEACHER --data DATA`"):
         found = json.loads(path.read_text("utf-8"))
         require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
-    return found["concepts"]
+        return found["concepts"]
 
 
 def identity(settings, free, **more):
@@ -312,7 +313,9 @@ def prepare(settings):
             meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
                     "merged": [token.decode("latin-1") for token in merged]}
         elif tokenizer != "gpt2":
-            meta = Windows(tokenizer, "train", 1).meta
+            with explain(f"--tokenizer {tokenizer} is not bpe, gpt2 or a data set's folder",
+                         "name one"):
+                meta = Windows(tokenizer, "train", 1).meta
         encoding, texts = get_tokenizer(meta), documents(source, settings.shards)
         with open(tmp / "train.bin", "wb") as train, open(tmp / "val.bin", "wb") as val:
             while batch := list(islice(texts, 256)):
@@ -340,27 +343,27 @@ def open_shard(path):
 
 
 class Windows(torch.utils.data.ConcatDataset):
-    """A data set's split as non-overlapping windows of T+1 tokens, dealt out in batches.
+    """A data set's split as non-overlapping windows of T+1 tokens, dealt out in batches. Window n,
+    in the order of files, is `self[n]`: (T+1,) uint16, unchecked.
 
     `numbers(step, rows, rank, world)` is a pure function: step t takes the next rows * world
     windows of an endless stream, a fresh permutation of all windows each epoch. So over all ranks
     every window comes once an epoch, resuming needs no state, and 8 rows on 1 rank are the windows
-    of 4 rows on 2 ranks. ValueError without tokens, or too few for a window; for ids beyond the
-    vocabulary, or if that is not the vocabulary of the `model` that is to read them."""
+    of 4 rows on 2 ranks. ValueError without tokens, or too few for a window; for a batch with ids
+    beyond the vocabulary; or if that is not the vocabulary of the `model` that is to read them."""
 
     def __init__(self, folder, split, block_size, seed=0, model=None):
         self.block_size, self.seed = block_size, seed
         self.paths, meta = sorted(Path(folder).glob(f"*{split}*.bin")), Path(folder, "meta.json")
-        require(self.paths, f"no {split} tokens (*{split}*.bin) in {str(folder)!r}: make them with "
+        require(self.paths, f"no {split} tokens (*{split}*.bin) in {folder}: make them with "
                 "`python data.py pystdlib`, or your own with `python data.py PATH`")
+        self.shards = [open_shard(p) for p in self.paths]
+        count, width = sum(map(len, self.shards)), block_size + 1
+        super().__init__(s[:len(s) // width * width].reshape(-1, width) for s in self.shards)
         with explain(f"{meta} is damaged", "make the data again"):
             self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
-            require(self.meta.keys() >= GPT2.keys(), f"it has no {' and '.join(GPT2)}")
-        self.shards = [open_shard(p) for p in self.paths]
-        width = block_size + 1
-        super().__init__(s[:len(s) // width * width].reshape(-1, width) for s in self.shards)
-        count = sum(map(len, self.shards))
-        promised = self.meta.get("tokens", {}).get(split, count)
+            require(self.meta.keys() >= GPT2.keys(), f"it needs {' and '.join(GPT2)}")
+            promised = self.meta.get("tokens", {}).get(split, count)
         require(count == promised and len(self), f"{folder} has {count:,} {split} tokens of "
                 f"{promised:,}, to be read {block_size} + 1 at a time: make it again, add text, or "
                 "lower --block_size")
@@ -420,7 +423,7 @@ class World:
                     f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
             torch.cuda.set_device(local)
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        if self.device == "cpu" and sys.platform == "linux":  # keep freed pages: 5 to 15 % a step
+        if self.device == "cpu" and sys.platform == "linux":  # keep freed pages, 5-15 % of a step
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         if self.size > 1:
@@ -501,7 +504,8 @@ class Run:
 
     def mean(self, now, **losses):
         """Take note of a step's losses () -> every tenth step, before saving, and if `now`: their
-        means over all ranks and the steps since the last time, with steps `per_second`; else {}.
+        means over all ranks and the steps since `write`, which is to follow, with steps
+        `per_second`; else {}.
         ValueError where they are not finite: the last checkpoint stays."""
         self.losses.append(torch.stack(list(losses.values())).detach())
         if not (now or self.now):

@@ -87,11 +87,11 @@ class TopKSAE(nn.Module):
         r_hat = self.decode(values.relu(), indices)
         error, aux_loss = r - r_hat, r.new_zeros(())
         mse, dead = error.square().mean(), torch.where(self.idle > self.dead_after)[0]
-        if self.training and len(dead):  # AuxK (appendix A.2): they rebuild the rest, no bias
+        if self.training and len(dead):  # AuxK (appendix A.2): they rebuild the error, no bias
             best, at = pre[..., dead].topk(min(self.config["k_aux"], len(dead)))
             rebuilt = sparse_rows(best.relu(), dead[at], self.decoder)
             aux_loss = (error.detach() - rebuilt).square().mean() / mse.detach().clamp(min=1e-12)
-        fvu = mse.detach() / r.flatten(0, -2).var(0, correction=0).mean()  # over tokens
+        fvu = mse.detach() / r.flatten(0, -2).var(0, correction=0).mean()  # var: over tokens
         loss = mse + self.config["aux_weight"] * aux_loss
         return SAEOutput(r_hat * std + mu, values.relu(), indices, loss, aux_loss, fvu)
 
@@ -149,9 +149,9 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i,
     or "shuffled", a control: the attribution labels permuted within the window. Only scores
     above 0 make labels. Exact, for less work: the blocks up to `layer` run without a graph,
-    those above back-propagate to r alone, and only active latents are scored, the others having a_i
-    = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change a ranking. ValueError for more
-    labels than k."""
+    those above back-propagate to r alone (for activation in vain), and only active latents are
+    scored, the others having a_i = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change
+    a ranking. ValueError for more labels than k."""
     require(1 <= n_labels <= sae.k, f"n_labels={n_labels} is not in 1 to the SAE's k={sae.k}")
     r = residual(teacher, idx, layer).requires_grad_()
     with torch.enable_grad():

@@ -278,7 +278,8 @@ def train(settings, world):
 @dataclass(frozen=True)
 class ReportSettings:
     """Compare finished runs by their logs: a Markdown table, and a picture of their curves. Folders
-    that differ in their seed's number alone (out/ntp_0, out/ntp_1; out/0/ntp) make one row."""
+    that differ in their seed alone, a whole word between / and _ (out/0/ntp, out/1/ntp; out/ntp_0,
+    out/ntp_1), make one row."""
     runs: tuple[str, ...]  # folders of runs (--out)
     baseline: str = ""  # one of them, whose row the others are compared with; empty: the first
     plot: str = ""  # file for a picture, .png or .svg (pip install matplotlib)
@@ -369,8 +370,10 @@ def plot(rows, path, level=0.0):
         axes.axhline(level, color="gray", linestyle="dashed")
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    with atomic(path) as tmp, explain(f"{path} cannot be drawn", "name a .png or .svg"):
-        figure.savefig(tmp, format=Path(path).suffix[1:] or "png", dpi=150)
+    kind = Path(path).suffix[1:] or "png"
+    require(kind in figure.canvas.get_supported_filetypes(), f"--plot {path}: name a .png or .svg")
+    with atomic(path) as tmp:
+        figure.savefig(tmp, format=kind, dpi=150)
 
 
 # ---- python train.py eval: finished models, and GPT-2 --------------------------------------------
@@ -430,7 +433,8 @@ def evaluate_models(settings, world):
     for name in settings.ckpts:
         model, vocabulary, folder = load_model(name, world)
         folder = settings.data or folder
-        if folder or not settings.tasks:
+        require(folder or settings.tasks, f"{name} names no text: give --data, or --tasks")
+        if folder:
             windows = Windows(folder, "val", model.config.block_size, model=model)
             loss = evaluate(model, windows, world)["val_loss"]
             world.print(f"{name}: loss {loss:.4f}, perplexity {math.exp(loss):.4f}, validation "
@@ -459,8 +463,8 @@ REPORT = """
 ```
 
 **What it thinks** at ten tokens of held-out text: the strongest predicted concept, (its logit),
-tokens it fires on > tokens that follow. {hits:.1%} of a token's strongest are among the teacher's
-labels of it; always guessing the most frequent labels scores {guess:.1%}.
+tokens it fires on > tokens that follow. {hits:.1%} of a token's {n} strongest are among the
+teacher's labels of it; always guessing the most frequent labels scores {guess:.1%}.
 
 ```
 {thoughts}
@@ -507,7 +511,7 @@ def first_report(out, ntp, cocomix, val):
     return REPORT.format(
         table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
-        id=best["id"], words=in_words(best), rates=rates, ckpt=path,
+        id=best["id"], words=in_words(best), rates=rates, ckpt=path, n=ckpt["settings"]["n_labels"],
         steered=continued(cocomix, {best["id"]: 4}))
 
 
