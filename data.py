@@ -223,7 +223,7 @@ class DataSettings:
     """Turn text into a data set, or download one."""
     source: str  # a text file, a folder of them, or pystdlib, shakespeare, openwebtext, fineweb
     out: str = ""  # folder for it; empty: data/NAME
-    tokenizer: str = ""  # bpe, gpt2, or a data set's folder: its own; empty: gpt2 for web texts
+    tokenizer: str = ""  # bpe, gpt2 (empty: for web texts, else bpe), or a data set's folder
     vocab_size: int = 1024  # of bpe, which is trained on the text; 257: bytes alone
     shards: int = 21  # files to download, of fineweb (103, 100M tokens each) or openwebtext (21)
 

@@ -149,18 +149,20 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
     rank_by: "attribution" s_i (the paper's), "negative" -s_i, "absolute" |s_i|, "activation" a_i,
     or "shuffled", a control: the attribution labels permuted within the window. Only scores
     above 0 make labels. Exact, for less work: the blocks up to `layer` run without a graph,
-    those above back-propagate to r alone (for activation in vain), and only active latents are
-    scored, the others having a_i = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change
-    a ranking. ValueError for more labels than k."""
+    those above back-propagate to r alone, and only active latents are scored, the others having
+    a_i = 0. That W_dec_i lacks r's own scale, std(r) > 0, cannot change a ranking. ValueError for
+    more labels than k."""
     require(1 <= n_labels <= sae.k, f"n_labels={n_labels} is not in 1 to the SAE's k={sae.k}")
     r = residual(teacher, idx, layer).requires_grad_()
-    with torch.enable_grad():
-        g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
     with torch.autocast(r.device.type, enabled=False):
-        a, indices = sae.encode(r)  # (B,T,K), (B,T,K)
-        dots = [sae.decoder[i] @ row.unsqueeze(-1) for i, row in zip(indices, g)]
-    s = a * torch.stack(dots).squeeze(-1)
-    scores = {"activation": a, "negative": -s, "absolute": s.abs()}.get(rank_by, s)
+        scores, indices = sae.encode(r)  # a_i (B,T,K), their latents
+    if rank_by != "activation":
+        with torch.enable_grad():
+            g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
+        with torch.autocast(r.device.type, enabled=False):
+            for score, i, row in zip(scores, indices, g):
+                score *= (sae.decoder[i] @ row[..., None])[..., 0]  # s_i
+    scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
     best, at = scores.topk(n_labels)
     labels = indices.gather(-1, at).masked_fill(best <= 0, -1)
     if rank_by == "shuffled":
@@ -200,7 +202,7 @@ class Labels:
         rows = (labels + 2).cpu().numpy().astype("<u2")
         for n, row in zip(numbers, rows if self.file else ()):
             self.file.seek(n * row.nbytes)
-            self.file.write(row.tobytes())
+            self.file.write(row)
         return labels
 
 
