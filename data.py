@@ -13,7 +13,6 @@ In this order: command lines, files, tokenizers, text to tokens, tokens to batch
 that can be killed. Dimensions: B batch, T tokens of a block.
 """
 import argparse
-import ctypes
 import difflib
 import hashlib
 import inspect
@@ -133,19 +132,17 @@ def load_checkpoint(path, kind, mmap=False):
                  "name a ckpt.pt that train.py (models) or sae.py (SAEs) wrote"):
         require(not zipfile.ZipFile(path).testzip(), "a checksum in it is wrong")
         ckpt = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        require(ckpt["format"] == f"cocomix-3 {kind}", f"it is {ckpt['format']!r}")
+        require(ckpt["format"] == f"cocomix-4 {kind}", f"it is {ckpt['format']!r}")
     return ckpt
 
 
 def load_dictionary(path, ckpt):
     """The entries (`sae.describe`) of the concept dictionary beside the SAE that the model `ckpt`
-    at `path` learned from. ValueError if it is missing or of another SAE, or for a model without
-    concepts."""
-    require("sae" in ckpt["identity"],
-            f"{path} predicts no concepts: name a CoCoMix (train.py --mode cocomix)")
-    path = Path(path).parent / ckpt["dictionary"]
-    with explain(f"{path} is missing, damaged or of another SAE",
-                 "make it with `python sae.py describe --sae SAE --teacher TEACHER --data DATA`"):
+    at `path` learned from. ValueError if it is missing, damaged or of another SAE, or if the model
+    predicts no concepts."""
+    with explain(f"{path} has no concept dictionary of its SAE", "name a CoCoMix, after `python "
+                 "sae.py describe --sae SAE --teacher TEACHER --data DATA`"):
+        path = Path(path).parent / ckpt["dictionary"]
         found = json.loads(path.read_text("utf-8"))
         require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
         return found["concepts"]
@@ -161,7 +158,7 @@ def identity(settings, free, **more):
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 EOT = "<|endoftext|>"  # ends a document
-BYTES = [bytes([i]) for i in range(256)]
+BYTES = [chr(i) for i in range(256)]  # tokens are bytes, kept as Latin-1 text
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257}
 # Letters, digits, other signs, with a space before them; white space. re and tiktoken read it.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
@@ -171,8 +168,8 @@ def get_tokenizer(vocabulary):
     """The tiktoken.Encoding of a meta.json or a checkpoint's vocabulary: gpt2, or a trained bpe.
     ValueError if gpt2's files are neither cached nor to be had."""
     if vocabulary["tokenizer"] == "bpe":
-        tokens = BYTES + [token.encode("latin-1") for token in vocabulary["merged"]]
-        ranks = {token: i for i, token in enumerate(tokens)}
+        tokens = BYTES + vocabulary["merged"]
+        ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
         return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
     with explain("GPT-2's tokenizer is neither cached nor to be had",
@@ -246,8 +243,7 @@ def text_files(source):
     hashes."""
     standard = source == "pystdlib"
     root = Path(os.__file__).parent if standard else Path(source)
-    if source == "shakespeare":
-        root = fetch(SHAKESPEARE)
+    root = fetch(SHAKESPEARE) if source == "shakespeare" else root
     paths = [p for p in list(root.rglob("*.py" if standard else "*")) or [root] if p.is_file()
              and not any(part[0] == "." or standard and part in NO_CODE
                          for part in p.relative_to(root).parts)
@@ -310,8 +306,7 @@ def prepare(settings):
             require(257 <= settings.vocab_size <= 8192,
                     f"--vocab_size {settings.vocab_size}: bpe takes 257 to 8192")
             merged = train_bpe(text[:1 << 25], settings.vocab_size)
-            meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged),
-                    "merged": [token.decode("latin-1") for token in merged]}
+            meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged), "merged": merged}
         elif tokenizer != "gpt2":
             with explain(f"--tokenizer {tokenizer} is not bpe, gpt2 or a data set's folder",
                          "name one"):
@@ -361,16 +356,14 @@ class Windows(torch.utils.data.ConcatDataset):
         count, width = sum(map(len, self.shards)), block_size + 1
         super().__init__(s[:len(s) // width * width].reshape(-1, width) for s in self.shards)
         with explain(f"{meta} is damaged", "make the data again"):
-            self.meta = json.loads(meta.read_text("utf-8")) if meta.exists() else GPT2
-            require(self.meta.keys() >= GPT2.keys(), f"it needs {' and '.join(GPT2)}")
-            promised = self.meta.get("tokens", {}).get(split, count)
+            self.meta = GPT2 | (json.loads(meta.read_text("utf-8")) if meta.exists() else {})
+            promised = self.meta.pop("tokens", {}).get(split, count)
         require(count == promised and len(self), f"{folder} has {count:,} {split} tokens of "
                 f"{promised:,}, to be read {block_size} + 1 at a time: make it again, add text, or "
                 "lower --block_size")
-        known = model.vocabulary.items() if model else ()
-        require(all(self.meta.get(k) == v for k, v in known if k != "tokens"), f"{folder} is in "
-                "other tokens than the model's: make it with `python data.py TEXT --tokenizer` and "
-                "gpt2 or the folder of the model's data")
+        require(not model or model.vocabulary.items() <= self.meta.items(), f"{folder} is in other "
+                "tokens than the model's: make it with `python data.py TEXT --tokenizer` and gpt2 "
+                "or the folder of the model's data")
 
     def fingerprint(self):
         """16 hex digits that change with the shards' names, sizes and first megabytes."""
@@ -418,14 +411,9 @@ class World:
         self.device = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and self.device == "cuda"
         if self.device == "cuda":
-            local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            require(local < gpus,
-                    f"process {local} finds {gpus} GPUs: start fewer, or --device cpu")
-            torch.cuda.set_device(local)
+            with explain("no GPU for this process", "start fewer processes, or --device cpu"):
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
             torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
-        if self.device == "cpu" and sys.platform == "linux":  # keep freed pages, 5-15 % of a step
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-            ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo",
                                     timeout=timedelta(days=2))  # rank 0 may download for hours
@@ -458,7 +446,7 @@ class Run:
 
     def __init__(self, out, kind, identity, world, parts, more):
         self.out, self.world, self.parts = Path(out), world, parts
-        self.ckpt = {"format": f"cocomix-3 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
+        self.ckpt = {"format": f"cocomix-4 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
                      "log": [], **more}
         if (self.out / "ckpt.pt").exists():
             ckpt = load_checkpoint(self.out / "ckpt.pt", kind)

@@ -501,10 +501,9 @@ def test_shard_formats(tmp_path):
     windows = Windows(tmp_path, "val", 2)
     assert windows.batch([0, 1, 2])[0].tolist() == [[0, 1], [3, 4], [6, 7]]
     assert windows.meta == {"tokenizer": "gpt2", "vocab_size": 50257}
-    for text in ('{"vocab_si', "{}"):
-        (tmp_path / "meta.json").write_text(text)
-        with pytest.raises(ValueError, match="meta.json is damaged"):
-            Windows(tmp_path, "val", 2)
+    (tmp_path / "meta.json").write_text('{"vocab_si')
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        Windows(tmp_path, "val", 2)
 
 
 @pytest.mark.parametrize("name,make,words", [
@@ -526,16 +525,16 @@ def test_bpe_merges_the_most_frequent_pair_as_a_slow_loop_does():
     text = " ".join(np.random.default_rng(0).choice(words, 400))
     merged, found = train_bpe(text, 300), re.findall(data_module.PATTERN, text)
     assert "".join(found) == text and len(set(merged)) == len(merged) > 10
-    pieces = [[bytes([b]) for b in word.encode()] for word in found]
+    pieces = [[chr(b) for b in word.encode()] for word in found]
     for token in merged:
         counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
-        pair = max((p for p in counts if b"".join(p) == token), key=counts.get)
+        pair = max((p for p in counts if "".join(p) == token), key=counts.get)
         assert counts[pair] == max(counts.values())
         for piece in pieces:
             for i in range(len(piece) - 1):
                 if tuple(piece[i:i + 2]) == pair:
                     piece[i:i + 2] = [token]
-    encoding = get_tokenizer({"tokenizer": "bpe", "merged": [t.decode("latin-1") for t in merged]})
+    encoding = get_tokenizer({"tokenizer": "bpe", "merged": merged})
     odd = "\u00a0é aaaa_1\r\n\t ab\U0001f600\u0301" + text
     assert encoding.decode(encoding.encode_ordinary(odd)) == odd
     assert len(encoding.encode_ordinary(text)) == sum(map(len, pieces))
@@ -687,7 +686,7 @@ def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = Path("ckpt.pt")
     a_run(".", model=small()).save()
-    with pytest.raises(ValueError, match="kind sae.*cocomix-3 model"):
+    with pytest.raises(ValueError, match="kind sae.*cocomix-4 model"):
         load_checkpoint(path, "sae")
     Path("cut").write_bytes(path.read_bytes()[:-1000])
     Path("flipped").write_bytes(path.read_bytes().replace(b"n_embd", b"n_embc"))
@@ -1213,7 +1212,7 @@ def test_bad_questions_get_clear_answers(student, trained, command):
                         (["--prompt", "a" * 99, "--inspect"], "block_size=16")):
         assert words in command(cocomix_module, student, *argv)
     ask = "--prompt", "a", "--inspect"
-    assert "predicts no concepts" in command(cocomix_module, trained["teacher"], *ask)
+    assert "name a CoCoMix" in command(cocomix_module, trained["teacher"], *ask)
     dictionary = Path(trained["sae"]).with_suffix(".concepts.json")
     good = dictionary.read_text()
     for text in ('{"sae": "other", "concepts": []}', good[:-9], "[]"):
