@@ -290,8 +290,8 @@ def read_run(folder):
     """The records of a finished run's log. ValueError if it is missing, foreign or unfinished."""
     with explain(f"{folder}/log.jsonl is missing, damaged or no log of train.py",
                  "name the --out folder of a run"):
-        text = Path(folder, "log.jsonl").read_text("utf-8")
-        log = [json.loads(line) for line in text.splitlines()]
+        lines = Path(folder, "log.jsonl").read_text("utf-8").splitlines()
+        log = [json.loads(line) for line in lines]
         steps, at = log[0]["settings"]["steps"], log[-1]["step"]
     require(at == steps,
             f"{folder} is unfinished, at step {at} of {steps}: give its command again")
@@ -355,25 +355,22 @@ def compare(rows):
 
 
 def plot(rows, path, level=0.0):
-    """A picture of validation loss by training tokens: a row's mean over seeds, and their range;
-    with `level` a line at that loss."""
+    """A picture of validation loss by training tokens: a colour for each of `rows`, a line for each
+    of its seeds; with `level` a line at that loss. ValueError for a format matplotlib lacks."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for name, logs in rows.items():
-        curves = [[r for r in log if "val_loss" in r] for log in logs.values()]
-        tokens = [r["tokens"] for r in curves[0]]
-        losses = torch.tensor([[r["val_loss"] for r in curve] for curve in curves])
-        axes.plot(tokens, losses.mean(0), label=f"{name} ({len(logs)})")
-        axes.fill_between(tokens, losses.amin(0), losses.amax(0), alpha=0.2)
+    for number, (name, logs) in enumerate(rows.items()):
+        for log in logs.values():
+            points = [(r["tokens"], r["val_loss"]) for r in log if "val_loss" in r]
+            line, = axes.plot(*zip(*points), color=f"C{number}", linewidth=1)
+        line.set_label(f"{name} ({len(logs)})")
     if level:
         axes.axhline(level, color="gray", linestyle="dashed")
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    kind = Path(path).suffix[1:] or "png"
-    require(kind in figure.canvas.get_supported_filetypes(), f"--plot {path}: name a .png or .svg")
-    with atomic(path) as tmp:
-        figure.savefig(tmp, format=kind, dpi=150)
+    with explain(f"no picture in {path}", "name a .png or .svg"), atomic(path) as tmp:
+        figure.savefig(tmp, dpi=150)
 
 
 # ---- python train.py eval: finished models, and GPT-2 --------------------------------------------
@@ -452,8 +449,6 @@ def evaluate_models(settings, world):
 REPORT = """
 {table}
 
-{picture}
-
 **The same prompt**, continued by NTP and by CoCoMix:
 
 ```
@@ -483,17 +478,12 @@ Try next:
     python cocomix.py {ckpt} --prompt "for " --inspect
     python cocomix.py {ckpt} --prompt "for " --steer {id}=+2
     python cocomix.py {ckpt} --study
+    python train.py report {out}/ntp {out}/cocomix --plot {out}/curves.png   # needs matplotlib
 """
 
 
 def first_report(out, ntp, cocomix, val):
-    """The text of report.md: both models in `out`, compared, read and steered; writes curves.png
-    where matplotlib is installed."""
-    rows, picture = rows_of([out / "ntp", out / "cocomix"]), f"Curves: {out}/curves.png"
-    try:
-        plot(rows, out / "curves.png")
-    except ImportError:
-        picture = "No picture of the curves: pip install matplotlib, and give the command again"
+    """The text of report.md: both models in `out`, compared, read and steered."""
     path, encoding = out / "cocomix/ckpt.pt", get_tokenizer(val.meta)
     ckpt = load_checkpoint(path, "model")
     entries, figures = load_dictionary(path, ckpt), ckpt["log"][-1]
@@ -509,10 +499,10 @@ def first_report(out, ntp, cocomix, val):
     rates = [follower_rate(cocomix, prompts, best, {best["id"]: s}) for s in (0, 2, 4)]
     thoughts = list(inspect(cocomix, encoding, prompts[-1:], entries, 1))[-10:]
     return REPORT.format(
-        table=compare(rows), picture=picture, ntp=continued(ntp), cocomix=continued(cocomix),
+        table=compare(rows_of([out / "ntp", out / "cocomix"])), out=out, ckpt=path,
+        ntp=continued(ntp), cocomix=continued(cocomix), steered=continued(cocomix, {best["id"]: 4}),
         thoughts="\n".join(thoughts), hits=figures["label_hits"], guess=figures["label_guess"],
-        id=best["id"], words=in_words(best), rates=rates, ckpt=path, n=ckpt["settings"]["n_labels"],
-        steered=continued(cocomix, {best["id"]: 4}))
+        id=best["id"], words=in_words(best), rates=rates, n=ckpt["settings"]["n_labels"])
 
 
 def pipeline(settings, world):
