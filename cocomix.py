@@ -71,7 +71,7 @@ class CoCoMixConfig:
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
         require(self.mix == "none" or self.insertion == "interleave" or
-                self.mix == "concept" and not self.concept_residual,
+                (self.mix == "concept" and not self.concept_residual),
                 f"insertion={self.insertion} is for mix='concept' without concept_residual")
         require(self.mix != "concept" or 1 <= self.k_concepts <= self.n_concepts,
                 f"k_concepts={self.k_concepts} is not in 1 to n_concepts={self.n_concepts}")
@@ -454,5 +454,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run
-    run(main)
+    from data import script
+    script(main)

@@ -87,7 +87,7 @@ def parse(cls, argv=None, presets=None, skip=()):
     return cls(**vars(args))
 
 
-def run(main):
+def script(main):
     """Run a script's main. What a user can mend prints as one line, a bug with its traceback."""
     sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -182,8 +182,9 @@ def train_bpe(text, vocab_size):
     """Byte-pair encoding (Sennrich et al., arXiv 1508.07909) of `text` -> the merged tokens, bytes,
     in order: with 256 bytes and <|endoftext|> at most `vocab_size` tokens.
 
-    The distinct words, a character a token, form one string, byte 255 (never in UTF-8) after each,
-    weighted by how often they occur; the most frequent pair becomes a token, again and again."""
+    The distinct words form one string in which a character's code is a token, 255 (never in UTF-8)
+    after each word, weighted by how often they occur; the most frequent pair becomes a token, again
+    and again."""
     words, tokens, V = Counter(re.findall(PATTERN, text)), list(BYTES), vocab_size
     counts = np.array(list(words.values()), np.float64)
     string = "".join(word.encode().decode("latin-1") + "\xff" for word in words)
@@ -480,9 +481,9 @@ class Run:
                          mininterval=0.5 if sys.stderr.isatty() else 20):
             done = self.ckpt["step"] = step + 1
             save = done == end or done % save_interval == 0
-            self.now = save or done % 10 == 0
+            self.due = save or done % 10 == 0
             yield step
-            stop = self.now and self.world.sum(torch.tensor(self.world.signal)).item()
+            stop = self.due and self.world.sum(torch.tensor(self.world.signal)).item()
             if save or stop:
                 self.save()
             if stop:
@@ -491,12 +492,11 @@ class Run:
             signal.signal(number, handler)
 
     def mean(self, now, **losses):
-        """Take note of a step's losses () -> every tenth step, before saving, and if `now`: their
-        means over all ranks and the steps since `write`, which is to follow, with steps
-        `per_second`; else {}.
-        ValueError where they are not finite: the last checkpoint stays."""
+        """Take note of a step's losses () -> {}, or, every tenth step, before saving and if `now`,
+        their means over all ranks and the steps since `write`, which is to follow, with steps
+        `per_second`. ValueError where they are not finite: the last checkpoint stays."""
         self.losses.append(torch.stack(list(losses.values())).detach())
-        if not (now or self.now):
+        if not (now or self.due):
             return {}
         steps = len(self.losses)
         means = self.world.sum(sum(self.losses)) / (self.world.size * steps)
@@ -516,4 +516,4 @@ class Run:
 
 
 if __name__ == "__main__":
-    run(lambda: prepare(parse(DataSettings)))
+    script(lambda: prepare(parse(DataSettings)))

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_rows, standardise
 from data import (GPT2, Run, Windows, World, atomic, explain, fetch, get_tokenizer, identity,
-                  load_checkpoint, parse, require, run)
+                  load_checkpoint, parse, require, script)
 
 
 # ---- the sparse autoencoder ----------------------------------------------------------------------
@@ -49,8 +49,8 @@ class SAEOutput(NamedTuple):
 class TopKSAE(nn.Module):
     """SAE that keeps the k largest latents of each input and standardises it itself (Gao et al.).
 
-    FVU, wherever this project says it: sum |r - r_hat|^2 / sum |r - mean r|^2 over tokens, r being
-    the *standardised* input. `decoder` (C,D) has one unit-norm row a latent. A latent is dead once
+    FVU, wherever this project says it: sum |n - n_hat|^2 / sum |n - mean n|^2 over tokens, n being
+    the standardised input. `decoder` (C,D) has one unit-norm row a latent. A latent is dead once
     it has not fired for `dead_after` tokens; in training, k_aux dead ones explain the rest
     (AuxK)."""
 
@@ -66,9 +66,9 @@ class TopKSAE(nn.Module):
         self.latent_bias = nn.Parameter(torch.zeros(n_latents))  # b_lat
         self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.int64))  # tokens
 
-    def preactivations(self, r):
-        """Standardised r (..., D) -> (..., C), before the TopK and the ReLU."""
-        return F.linear(r - self.pre_bias, self.encoder, self.latent_bias)
+    def preactivations(self, n):
+        """Standardised n (..., D) -> (..., C), before the TopK and the ReLU."""
+        return F.linear(n - self.pre_bias, self.encoder, self.latent_bias)
 
     def encode(self, x):
         """x (..., D) -> values (..., K) fp32, largest first, and indices (..., K) int64."""
@@ -81,19 +81,19 @@ class TopKSAE(nn.Module):
 
     def forward(self, x):
         """x (..., D) -> SAEOutput, with gradients to all four parameters."""
-        r, mu, std = standardise(x)
-        pre = self.preactivations(r)
+        n, mu, std = standardise(x)
+        pre = self.preactivations(n)
         values, indices = pre.topk(self.k)
-        r_hat = self.decode(values.relu(), indices)
-        error, aux_loss = r - r_hat, r.new_zeros(())
+        n_hat = self.decode(values.relu(), indices)
+        error, aux_loss = n - n_hat, n.new_zeros(())
         mse, dead = error.square().mean(), torch.where(self.idle > self.dead_after)[0]
         if self.training and len(dead):  # AuxK (appendix A.2): they rebuild the error, no bias
             best, at = pre[..., dead].topk(min(self.config["k_aux"], len(dead)))
             rebuilt = sparse_rows(best.relu(), dead[at], self.decoder)
             aux_loss = (error.detach() - rebuilt).square().mean() / mse.detach().clamp(min=1e-12)
-        fvu = mse.detach() / r.flatten(0, -2).var(0, correction=0).mean()  # var: over tokens
+        fvu = mse.detach() / n.flatten(0, -2).var(0, correction=0).mean()  # var: over tokens
         loss = mse + self.config["aux_weight"] * aux_loss
-        return SAEOutput(r_hat * std + mu, values.relu(), indices, loss, aux_loss, fvu)
+        return SAEOutput(n_hat * std + mu, values.relu(), indices, loss, aux_loss, fvu)
 
     @torch.no_grad()
     def after_step(self, out, world):
@@ -160,7 +160,7 @@ def concept_labels(teacher, sae, idx, targets, layer, n_labels=4, rank_by="attri
         with torch.enable_grad():
             g, = torch.autograd.grad(loss_from(teacher, r, targets, layer), r)  # (B,T,D)
         with torch.autocast(r.device.type, enabled=False):
-            for score, i, row in zip(scores, indices, g):
+            for score, i, row in zip(scores, indices, g):  # of all rows (B,T,K,D) would be large
                 score *= (sae.decoder[i] @ row[..., None])[..., 0]  # s_i
     scores = {"negative": -scores, "absolute": scores.abs()}.get(rank_by, scores)
     best, at = scores.topk(n_labels)
@@ -192,15 +192,17 @@ class Labels:
             self.file = self.path.open("r+b", buffering=0)
 
     def __call__(self, idx, targets, numbers):
+        if not self.file:
+            return self.make(idx, targets)
         kept = np.zeros((len(numbers), *self.shape), "<u2")
-        for n, row in zip(numbers, kept if self.file else ()):
+        for n, row in zip(numbers, kept):
             self.file.seek(n * row.nbytes)
             self.file.readinto(row)
         if kept.all() and kept.max() < self.n_concepts + 2:
             return torch.from_numpy(kept.astype(np.int64) - 2).to(idx.device)
         labels = self.make(idx, targets)
         rows = (labels + 2).cpu().numpy().astype("<u2")
-        for n, row in zip(numbers, rows if self.file else ()):
+        for n, row in zip(numbers, rows):
             self.file.seek(n * row.nbytes)
             self.file.write(row)
         return labels
@@ -294,16 +296,16 @@ def evaluate_sae(teacher, sae, layer, windows, world, tokens=65_536):
 
     The first position keeps its own, and stays out of the FVU: its norm is many times the
     others'."""
-    # sums of |error|^2, |r|^2, two losses, tokens, and of r (D,)
+    # sums of |error|^2, |n|^2, two losses, tokens, and of n (D,)
     total = torch.zeros(5 + teacher.config.n_embd, dtype=torch.float64)
     for numbers in windows.spread(tokens, world.rank, world.size):
         idx, targets = windows.batch(numbers, world.device)
         x = residual(teacher, idx, layer)
-        (r, mu, std), r_hat = standardise(x[:, 1:]), sae.decode(*sae.encode(x[:, 1:]))
-        spliced = torch.cat([x[:, :1], r_hat * std + mu], 1)
+        (n, mu, std), n_hat = standardise(x[:, 1:]), sae.decode(*sae.encode(x[:, 1:]))
+        spliced = torch.cat([x[:, :1], n_hat * std + mu], 1)
         losses = [loss_from(teacher, y, targets, layer) for y in (x, spliced)]
-        figures = [(r - r_hat).square().sum(), r.square().sum(), *losses, idx.numel()]
-        total += torch.cat([torch.tensor(figures), r.sum((0, 1)).cpu()]).double()
+        figures = [(n - n_hat).square().sum(), n.square().sum(), *losses, idx.numel()]
+        total += torch.cat([torch.tensor(figures), n.sum((0, 1)).cpu()])
     error, square, plain, spliced, count = world.sum(total)[:5].tolist()
     mean_part = total[5:].square().sum().item() / (count - count / windows.block_size)
     return {"val_fvu": error / (square - mean_part), "teacher_loss": plain / count,
@@ -314,8 +316,8 @@ def train_sae(settings, teacher, world):
     """Train an SAE for `teacher` as `settings` (SAESettings) say -> (sae, last record); writes
     out/ckpt.pt and out/log.jsonl. ValueError: see data.Run."""
     T = teacher.config.block_size
-    rows, left = divmod(settings.batch_tokens, T * world.size)
-    require(rows and not left, f"--batch_tokens {settings.batch_tokens} is no multiple of "
+    rows, rest = divmod(settings.batch_tokens, T * world.size)
+    require(rows and not rest, f"--batch_tokens {settings.batch_tokens} is no multiple of "
             f"{world.size} processes x {T} tokens")
     require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the "
             f"teacher's blocks are 0 to {teacher.config.n_layer - 1}")
@@ -415,4 +417,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    script(main)

@@ -704,7 +704,7 @@ def command(monkeypatch, capsys):
     def call(module, *argv):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, argv)])
         try:
-            data_module.run(module.main)
+            data_module.script(module.main)
         except SystemExit as e:
             print(e)  # as Python does
         return "".join(capsys.readouterr())

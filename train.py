@@ -32,7 +32,7 @@ import torch
 
 from cocomix import CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, steerable
 from data import (KNOWN, DataSettings, Run, Windows, World, atomic, explain, get_tokenizer,
-                  identity, load_checkpoint, load_dictionary, parse, prepare, require, run)
+                  identity, load_checkpoint, load_dictionary, parse, prepare, require, script)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
                  load_teacher, train_sae)
 
@@ -225,7 +225,9 @@ class Setup:
 def train(settings, world):
     """Train one model as `settings` say -> (model, records of its log). Writes out/ckpt.pt and
     out/log.jsonl. ValueError: see Setup, data.Run."""
-    setup, second = Setup(settings, world), {"cocomix": "concept_loss", "kd": "kd_loss"}
+    setup = Setup(settings, world)
+    names = {"cocomix": ["ntp_loss", "concept_loss"], "kd": ["ntp_loss", "kd_loss"]}.get(
+        settings.mode, ["ntp_loss"])
     model, step_model = setup.model, setup.step_model
     optimizer = model.configure_optimizer()
     run = Run(settings.out, "model", identity(settings, FREE, **setup.who), world,
@@ -233,13 +235,13 @@ def train(settings, world):
     flops, peak = model.flops_per_token(), peak_flops(world.device)
     if not run.ckpt["log"]:
         run.write(step=0, tokens=0, parameters=model.num_parameters(), flops_per_token=flops,
-                  identity=run.ckpt["identity"], settings=asdict(settings),
+                  identity=run.ckpt["identity"], settings=asdict(settings) | setup.parts["config"],
                   validation=[setup.val.fingerprint(), settings.block_size, settings.eval_tokens])
     world.print(f"{settings.mode}: {model.num_parameters():,} parameters; a step is {world.size} "
                 f"processes x {setup.passes} passes x {setup.rows} rows of {settings.block_size}")
     for step in run.steps(settings.steps, settings.save_interval, settings.mode):
         passes, n_valid = setup.load(step, world)
-        losses = {"ntp_loss": 0.0, second.get(settings.mode, "ntp_loss"): 0.0}  # ntp, pause: one
+        losses = dict.fromkeys(names, 0.0)
         for i, (idx, targets, labels) in enumerate(passes):
             if world.size > 1:
                 step_model.require_backward_grad_sync = i == setup.passes - 1
@@ -250,7 +252,7 @@ def train(settings, world):
                     extra = distillation(out.logits, setup.teacher(idx).logits)
                     loss = loss + settings.kd_weight * extra
             (loss / setup.passes).backward()
-            for name, part in zip(losses, (out.ntp_loss, extra)):
+            for name, part in zip(names, (out.ntp_loss, extra)):
                 losses[name] += part.detach() / setup.passes
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -300,7 +302,8 @@ def read_run(folder):
 
 def rows_of(folders):
     """{row's name: {seed: log}} of finished runs, out/ntp_1 of seed 1 in row out/ntp_*. ValueError
-    if runs of a row differ in more than their seed, or if losses are not of the same tokens."""
+    if runs of a row differ in more than their seed (and the teachers and SAEs that come of it), or
+    if losses are not of the same tokens."""
     rows, kinds, logs = {}, {}, [read_run(folder) for folder in folders]
     for folder, log in zip(folders, logs):
         first, seed = log[0], log[0]["settings"]["seed"]
@@ -506,7 +509,7 @@ def first_report(out, ntp, cocomix, val):
 
 
 def pipeline(settings, world):
-    """Teacher (= NTP baseline) -> SAE and its dictionary -> CoCoMix as in the paper -> report."""
+    """Teacher (= NTP baseline) -> SAE and its dictionary -> CoCoMix, the paper's form -> report."""
     out = Path(settings.out)
     ntp, _ = train(replace(settings, mode="ntp", out=str(out / "ntp")), world)
     sae, _ = train_sae(SAESettings(
@@ -549,4 +552,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    script(main)
