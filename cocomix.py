@@ -66,7 +66,7 @@ class CoCoMixConfig:
                 and self.insertion in ("interleave", "add", "none"),
                 f"mix={self.mix!r} is to be none, pause or concept, insertion={self.insertion!r} "
                 "interleave, add or none")
-        require(self.n_head > 0 and self.n_embd % self.n_head == 0,
+        require(0 < self.n_head <= self.n_embd and self.n_embd % self.n_head == 0,
                 f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}: change one")
         require(self.mix == "none" or 0 <= self.insert_layer < self.n_layer,
                 f"insert_layer={self.insert_layer}: blocks are 0 to {self.n_layer - 1}")
@@ -263,7 +263,7 @@ class CoCoMix(nn.Module):
                 begin = idx.size(1) - max(1, self.config.block_size // 2)
                 past = [[] for _ in self.h]
             logits = self(idx[:, begin:], steer=pushes, past=past).logits[:, -1].float()
-            if top_k:
+            if top_k > 0:
                 least = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < least, -math.inf)
             p = F.softmax(logits / max(temperature, 1e-9), -1)

@@ -30,7 +30,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -114,10 +114,9 @@ def script(main):
 def atomic(path):
     """`with atomic(path) as tmp`: the file or folder that is written to tmp becomes `path` in one
     step, or path stays as it was. OSError where that cannot be."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(prefix=f"{path.name}.", dir=path.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
             yield Path(folder, path.name)
             os.replace(Path(folder, path.name), path)
     except RuntimeError as e:  # of torch, on a full disk
@@ -142,23 +141,14 @@ def load_dictionary(path, ckpt):
     predicts no concepts."""
     with explain(f"{path} has no concept dictionary of its SAE", "name a CoCoMix, after `python "
                  "sae.py describe --sae SAE --teacher TEACHER --data DATA`"):
-        path = Path(path).parent / ckpt["dictionary"]
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads((Path(path).parent / ckpt["dictionary"]).read_text("utf-8"))
         require(found["sae"] == ckpt["identity"]["sae"], "it is of another SAE")
         return found["concepts"]
-
-
-def identity(settings, free, **more):
-    """What makes two runs the same: settings off their defaults, without those in `free`, and
-    `more`. A fork that adds a setting can so go on with older runs."""
-    return {k: v for k, v in vars(settings).items()
-            if k not in free and v != getattr(type(settings), k)} | more
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 
 EOT = "<|endoftext|>"  # ends a document
-BYTES = [chr(i) for i in range(256)]  # tokens are bytes, kept as Latin-1 text
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50257}
 # Letters, digits, other signs, with a space before them; white space. re and tiktoken read it.
 PATTERN = r" ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+"
@@ -168,7 +158,7 @@ def get_tokenizer(vocabulary):
     """The tiktoken.Encoding of a meta.json or a checkpoint's vocabulary: gpt2, or a trained bpe.
     ValueError if gpt2's files are neither cached nor to be had."""
     if vocabulary["tokenizer"] == "bpe":
-        tokens = BYTES + vocabulary["merged"]
+        tokens = [*map(chr, range(256)), *vocabulary["merged"]]  # of bytes, as Latin-1 text
         ranks = {token.encode("latin-1"): i for i, token in enumerate(tokens)}
         return tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks,
                                  special_tokens={EOT: len(ranks)})
@@ -185,33 +175,34 @@ def train_bpe(text, vocab_size):
     The distinct words form one string in which a character's code is a token, 255 (never in UTF-8)
     after each word, weighted by how often they occur; the most frequent pair becomes a token, again
     and again."""
-    words, tokens, V = Counter(re.findall(PATTERN, text)), list(BYTES), vocab_size
-    counts = np.array(list(words.values()), np.float64)
+    words, V = Counter(re.findall(PATTERN, text)), vocab_size
+    tokens = {chr(i): i for i in range(256)}  # bytes as Latin-1 text
     string = "".join(word.encode().decode("latin-1") + "\xff" for word in words)
     while len(tokens) < V - 1:
         ids = np.frombuffer(string.encode("utf-32-le"), "<u4").astype(np.int64)
         lengths = np.diff(np.flatnonzero(ids == 255), prepend=-1)
-        pairs, weights = ids[:-1] * V + ids[1:], np.repeat(counts, lengths)[:-1]
-        totals = np.bincount(pairs, weights, V * V).reshape(V, V)
+        weights = np.repeat([*words.values()], lengths)[:-1]
+        totals = np.bincount(ids[:-1] * V + ids[1:], weights, V * V).reshape(V, V)
         totals[255] = totals[:, 255] = 0
         first, second = divmod(int(totals.argmax()), V)
         if totals[first, second] < 2:  # nothing is left to merge
             break
-        token = tokens[first] + tokens[second]
-        if token not in tokens:  # one token can come of two pairs
-            tokens.append(token)
-        string = string.replace(chr(first) + chr(second), chr(tokens.index(token)))
-    return tokens[256:]
+        token = list(tokens)[first] + list(tokens)[second]
+        number = tokens.setdefault(token, len(tokens))  # one token can come of two pairs
+        string = string.replace(chr(first) + chr(second), chr(number))
+    return list(tokens)[256:]
 
 
 # ---- text to tokens ------------------------------------------------------------------------------
 
-FINEWEB = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{}.bin"
-OPENWEBTEXT = ("https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/subsets/"
-               "urlsf_subset{:02d}.tar")
-SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
-               "input.txt")
-KNOWN = {"pystdlib": "bpe", "shakespeare": "bpe", "openwebtext": "gpt2", "fineweb": "gpt2"}
+KNOWN = {  # name: tokenizer, address
+    "pystdlib": ("bpe", ""),
+    "shakespeare": ("bpe", "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/"
+                    "tinyshakespeare/input.txt"),
+    "openwebtext": ("gpt2", "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/main/"
+                    "subsets/urlsf_subset{:02d}.tar"),
+    "fineweb": ("gpt2", "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/"
+                "fineweb_{}.bin")}
 NO_CODE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data",
            "encodings"}
 
@@ -234,8 +225,8 @@ def fetch(url, path="", sha256=None):
         with atomic(path) as tmp, explain(f"{url} is not to be had, or damaged",
                                           f"go online and try again, or put the file at {path}"):
             urllib.request.urlretrieve(url, tmp)
-            digest = hashlib.sha256(tmp.read_bytes()).hexdigest()
-            require(sha256 in (None, digest), f"its SHA-256 is {digest}")
+            require(sha256 in (None, hashlib.sha256(tmp.read_bytes()).hexdigest()),
+                    f"its SHA-256 is not {sha256}")
     return path
 
 
@@ -244,12 +235,12 @@ def text_files(source):
     hashes."""
     standard = source == "pystdlib"
     root = Path(os.__file__).parent if standard else Path(source)
-    root = fetch(SHAKESPEARE) if source == "shakespeare" else root
+    root = fetch(KNOWN[source][1]) if source == "shakespeare" else root
     paths = [p for p in list(root.rglob("*.py" if standard else "*")) or [root] if p.is_file()
              and not any(part[0] == "." or standard and part in NO_CODE
                          for part in p.relative_to(root).parts)
-             and b"\0" not in open(p, "rb").read(8192)]
-    require(any(p.stat().st_size for p in paths), f"{root} is no text file, no folder of any, nor "
+             and p.stat().st_size and b"\0" not in open(p, "rb").read(8192)]
+    require(paths, f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return sorted(paths, key=lambda p: hashlib.sha256(
         os.fsencode(p.relative_to(root).as_posix())).digest())
@@ -258,7 +249,7 @@ def text_files(source):
 def openwebtext(shards):
     """Yield OpenWebText's documents."""
     for number in range(shards):
-        outer = tarfile.open(fetch(OPENWEBTEXT.format(number)))
+        outer = tarfile.open(fetch(KNOWN["openwebtext"][1].format(number)))
         for packed in filter(tarfile.TarInfo.isfile, outer):
             inner = tarfile.open(fileobj=outer.extractfile(packed))
             for file in filter(tarfile.TarInfo.isfile, inner):
@@ -295,19 +286,18 @@ def prepare(settings):
     if source == "fineweb":
         # validation last: then all are there
         for part in [*(f"train_{n:06d}" for n in range(1, settings.shards + 1)), "val_000000"]:
-            fetch(FINEWEB.format(part), out / f"fineweb_{part}.bin")
+            fetch(KNOWN["fineweb"][1].format(part), out / f"fineweb_{part}.bin")
         return out
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
-        tokenizer = settings.tokenizer or KNOWN.get(source, "bpe")
+        tokenizer = settings.tokenizer or KNOWN.get(source, ["bpe"])[0]
         if tokenizer == "bpe":
-            sample = (text for text, held_out in documents(source) if not held_out)
-            text = "".join(islice(sample, 2000)).replace(EOT, "")
             require(257 <= settings.vocab_size <= 8192,
                     f"--vocab_size {settings.vocab_size}: bpe takes 257 to 8192")
-            merged = train_bpe(text[:1 << 25], settings.vocab_size)
-            meta = {"tokenizer": "bpe", "vocab_size": 257 + len(merged), "merged": merged}
+            sample = islice(documents(source), 2000)
+            text = "".join(text for text, held_out in sample if not held_out).replace(EOT, "")
+            meta = {"tokenizer": "bpe", "merged": train_bpe(text[:1 << 25], settings.vocab_size)}
         elif tokenizer != "gpt2":
             with explain(f"--tokenizer {tokenizer} is not bpe, gpt2 or a data set's folder",
                          "name one"):
@@ -319,7 +309,8 @@ def prepare(settings):
                 for (_, held_out), ids in zip(batch, pieces):
                     (val if held_out else train).write(np.array(ids, "<u2"))
             counts = {"train": train.tell() // 2, "val": val.tell() // 2}
-        (tmp / "meta.json").write_text(json.dumps(meta | {"tokens": counts}), "utf-8")
+        more = {"vocab_size": encoding.n_vocab, "tokens": counts}
+        (tmp / "meta.json").write_text(json.dumps(meta | more), "utf-8")
     print(f"data: {out}, {counts['train']:,} training and {counts['val']:,} validation tokens")
     return out
 
@@ -383,11 +374,10 @@ class Windows(torch.utils.data.ConcatDataset):
 
     def batch(self, numbers, device="cpu"):
         """idx and targets (rows,T) int64: the targets are the tokens one further on."""
-        tokens = np.stack([self[n] for n in numbers])
-        require(tokens.max() < self.meta["vocab_size"], f"{self.paths[0].parent} holds token "
-                f"{tokens.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
-        windows = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        return windows[:, :-1], windows[:, 1:]
+        windows = torch.from_numpy(np.stack([self[n] for n in numbers]).astype(np.int64))
+        require(windows.max() < self.meta["vocab_size"], f"{self.paths[0].parent} holds token "
+                f"{windows.max()}, its vocabulary {self.meta['vocab_size']}: make it again")
+        return windows[:, :-1].to(device), windows[:, 1:].to(device)
 
     def spread(self, tokens, rank=0, world=1, rows=16):
         """A fixed set of about `tokens` tokens (0: all) spread over the split: this rank's share of
@@ -411,6 +401,7 @@ class World:
         self.main, self.signal = self.rank == 0, 0
         self.device = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and self.device == "cuda"
+        self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=self.bf16)
         if self.device == "cuda":
             with explain("no GPU for this process", "start fewer processes, or --device cpu"):
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -418,9 +409,6 @@ class World:
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device == "cuda" else "gloo",
                                     timeout=timedelta(days=2))  # rank 0 may download for hours
-
-    def autocast(self):
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
     def sum(self, tensor):
         """The tensor summed over all ranks, in place."""
@@ -440,13 +428,16 @@ class World:
 
 
 class Run:
-    """A run in folder `out` that can be killed at any moment: the same call goes on from ckpt.pt,
-    and the next record cuts log.jsonl back to there. `parts` {name: module or optimiser} are what
-    trains; `more` {name: plain value} goes into the checkpoint with them. ValueError for another
-    run's folder."""
+    """A run of `settings` in folder `settings.out` that can be killed at any moment: the same call
+    goes on from ckpt.pt, and log.jsonl is cut back to it. Two runs are the same if their settings
+    off the defaults are (so a fork that adds one goes on with older runs), but for those in `free`,
+    and `who` teaches them. `parts` {name: module or optimiser} are what trains; `more` {name: plain
+    value} goes into the checkpoint with them. ValueError for another run's folder."""
 
-    def __init__(self, out, kind, identity, world, parts, more):
-        self.out, self.world, self.parts = Path(out), world, parts
+    def __init__(self, settings, free, who, kind, world, parts, more):
+        self.out, self.world, self.parts = Path(settings.out), world, parts
+        identity = {k: v for k, v in vars(settings).items()
+                    if k not in free and v != getattr(type(settings), k)} | who
         self.ckpt = {"format": f"cocomix-4 {kind}", "identity": identity, "step": 0, "seconds": 0.0,
                      "log": [], **more}
         if (self.out / "ckpt.pt").exists():
@@ -454,20 +445,20 @@ class Run:
             there = ckpt["identity"]
             differ = [f"{k} {there.get(k, 'default')} there, {identity.get(k, 'default')} here"
                       for k in there | identity if there.get(k) != identity.get(k)]
-            require(not differ, f"{out} holds another run ({'; '.join(differ)}): name another "
+            require(not differ, f"{self.out} holds another run ({'; '.join(differ)}): name another "
                     "--out")
             for name, part in parts.items():
                 part.load_state_dict(ckpt.pop(name))
             self.ckpt = ckpt | more
-        self.losses, self.clock = [], time.perf_counter()  # since the last record
+        self.write()
 
-    def write(self, **record):
-        """Add a line to log.jsonl. The time since `mean`, say of a validation, is not counted."""
-        self.ckpt["log"].append(record)
+    def write(self, *records):
+        """Add lines to log.jsonl. The time since `mean`, say of a validation, is not counted."""
+        self.ckpt["log"].extend(records)
         if self.world.main:
             with atomic(self.out / "log.jsonl") as tmp:
                 tmp.write_text("".join(json.dumps(r) + "\n" for r in self.ckpt["log"]), "utf-8")
-        self.losses, self.clock = [], time.perf_counter()
+        self.losses, self.clock = [], time.perf_counter()  # since this record
 
     def steps(self, end, save_interval, name):
         """Yield the steps that are left, behind a progress bar; save after every `save_interval`,
@@ -475,17 +466,22 @@ class Run:
         again changes nothing: torchrun passes on what a process has had already."""
         def note(number, frame):
             self.world.signal = number
+        first = self.ckpt["step"]
+        require(self.world.sum(torch.tensor(first)).item() == first * self.world.size,
+                f"{self.out} is at step {first} here, not so elsewhere: nodes must share one disk")
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        for step in tqdm(range(self.ckpt["step"], end), f"{name:<8}", initial=self.ckpt["step"],
-                         total=end, disable=not self.world.main, dynamic_ncols=True,
+        for step in tqdm(range(first, end), f"{name:<8}", initial=first, total=end,
+                         disable=not self.world.main, dynamic_ncols=True,
                          mininterval=0.5 if sys.stderr.isatty() else 20):
             done = self.ckpt["step"] = step + 1
             save = done == end or done % save_interval == 0
             self.due = save or done % 10 == 0
             yield step
             stop = self.due and self.world.sum(torch.tensor(self.world.signal)).item()
-            if save or stop:
-                self.save()
+            if self.world.main and (save or stop):  # plain types: weights_only=True loads them
+                parts = {name: part.state_dict() for name, part in self.parts.items()}
+                with atomic(self.out / "ckpt.pt") as tmp:
+                    torch.save(self.ckpt | parts, tmp)
             if stop:
                 sys.exit(f"stopped after step {done}; the same command goes on")
         for number, handler in before.items():
@@ -506,13 +502,6 @@ class Run:
                 f"--lr, in another --out. The last checkpoint stays in {self.out}")
         self.ckpt["seconds"] += elapsed
         return means | {"per_second": steps / elapsed}
-
-    def save(self):
-        """Write ckpt.pt: tensors and plain types, so that weights_only=True loads it."""
-        if self.world.main:
-            parts = {name: part.state_dict() for name, part in self.parts.items()}
-            with atomic(self.out / "ckpt.pt") as tmp:
-                torch.save(self.ckpt | parts, tmp)
 
 
 if __name__ == "__main__":

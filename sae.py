@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cocomix import CoCoMix, load_hf, sparse_rows, standardise
-from data import (GPT2, Run, Windows, World, atomic, explain, fetch, get_tokenizer, identity,
+from data import (GPT2, Run, Windows, World, atomic, explain, fetch, get_tokenizer,
                   load_checkpoint, parse, require, script)
 
 
@@ -132,8 +132,7 @@ def residual(teacher, idx, layer):
 
 
 def loss_from(teacher, r, targets, layer):
-    """r (B,T,D) after block `layer`, targets (B,T), -1 = none -> () next-token loss, nats,
-    summed."""
+    """r (B,T,D) after block `layer`, targets (B,T), -1 = none -> () loss in nats, summed."""
     for block in teacher.h[layer + 1:]:
         r = block(r)
     logits = F.linear(teacher.ln_f(r), teacher.wte.weight)[..., :teacher.config.vocab_size]
@@ -197,7 +196,7 @@ class Labels:
         kept = np.zeros((len(numbers), *self.shape), "<u2")
         for n, row in zip(numbers, kept):
             self.file.seek(n * row.nbytes)
-            self.file.readinto(row)
+            row.flat[self.file.readinto(row) // 2:] = 0  # what a torn file lacks
         if kept.all() and kept.max() < self.n_concepts + 2:
             return torch.from_numpy(kept.astype(np.int64) - 2).to(idx.device)
         labels = self.make(idx, targets)
@@ -282,7 +281,7 @@ class SAESettings:
     seed: int = 0  # of initialisation and data order
     sae: str = ""  # describe: checkpoint of the SAE (sae.py), openai or openai:LAYER
     tokens: int = 262_144  # describe: validation tokens to read
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the teacher; auto: bf16 on CUDA
 
 
@@ -319,18 +318,18 @@ def train_sae(settings, teacher, world):
     rows, rest = divmod(settings.batch_tokens, T * world.size)
     require(rows and not rest, f"--batch_tokens {settings.batch_tokens} is no multiple of "
             f"{world.size} processes x {T} tokens")
-    require(0 <= settings.layer < teacher.config.n_layer, f"--layer {settings.layer}: the "
-            f"teacher's blocks are 0 to {teacher.config.n_layer - 1}")
-    require(min(settings.steps, settings.save_interval) > 0, f"--steps {settings.steps}, "
-            f"--save_interval {settings.save_interval}: both must be above 0")
+    require(0 <= settings.layer < teacher.config.n_layer,
+            f"--layer {settings.layer}: blocks are 0 to {teacher.config.n_layer - 1}")
+    require(min(settings.steps, settings.save_interval, settings.lr) > 0,
+            "--steps, --save_interval and --lr must be above 0")
     data = Windows(settings.data, "train", T, settings.seed, teacher)
     val = Windows(settings.data, "val", T)
     torch.manual_seed(settings.seed)
     sae = TopKSAE(teacher.config.n_embd, settings.n_latents, settings.k,
                   dead_after=settings.dead_after).to(world.device)
     optimizer = torch.optim.Adam(sae.parameters(), fused=True)
-    who = identity(settings, FREE, teacher=fingerprint(teacher), data=data.fingerprint())
-    run = Run(settings.out, "sae", who, world, {"sae": sae, "optimizer": optimizer},
+    who = {"teacher": fingerprint(teacher), "data": data.fingerprint()}
+    run = Run(settings, FREE, who, "sae", world, {"sae": sae, "optimizer": optimizer},
               {"config": sae.config, "layer": settings.layer})
     for step in run.steps(settings.steps, settings.save_interval, "SAE"):
         idx, _ = data.batch(data.numbers(step, rows, world.rank, world.size), world.device)
@@ -352,8 +351,8 @@ def train_sae(settings, teacher, world):
         if left == 1:
             means |= evaluate_sae(teacher, sae, settings.layer, val, world)
         if means:
-            run.write(step=step + 1, tokens=(step + 1) * settings.batch_tokens, **means,
-                      dead_fraction=(sae.idle > sae.dead_after).float().mean().item())
+            run.write({"step": step + 1, "tokens": (step + 1) * settings.batch_tokens, **means,
+                       "dead_fraction": (sae.idle > sae.dead_after).float().mean().item()})
     return sae.eval(), run.ckpt["log"][-1]
 
 
@@ -378,9 +377,10 @@ def describe(teacher, sae, layer, windows, path, tokens=262_144, page=""):
     typical (`typical`) of those it fires on and of those that follow, over its 64 strongest
     firings; `snippets`, [text, token, text, activation] around the first 8 of these; its `page`, if
     any. A window's first position is left out."""
-    encoding, device = get_tokenizer(windows.meta), sae.decoder.device
+    encoding = get_tokenizer(windows.meta)
     idx, targets = windows.batch(sum(windows.spread(tokens), []))
-    parts = [sae.encode(residual(teacher, rows.to(device), layer)) for rows in idx.split(16)]
+    parts = [sae.encode(residual(teacher, rows.to(sae.decoder.device), layer))
+             for rows in idx.split(16)]
     values, latents = (torch.cat(part)[:, 1:].cpu().flatten() for part in zip(*parts))
     places = torch.arange(idx.numel()).view_as(idx)[:, 1:].repeat_interleave(sae.k)
     order = np.lexsort((places, -values, latents))  # by latent, its strongest first

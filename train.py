@@ -32,7 +32,7 @@ import torch
 
 from cocomix import CoCoMix, CoCoMixConfig, follower_rate, in_words, inspect, steerable
 from data import (KNOWN, DataSettings, Run, Windows, World, atomic, explain, get_tokenizer,
-                  identity, load_checkpoint, load_dictionary, parse, prepare, require, script)
+                  load_checkpoint, load_dictionary, parse, prepare, require, script)
 from sae import (Labels, SAESettings, concept_labels, describe, fingerprint, load_model, load_sae,
                  load_teacher, train_sae)
 
@@ -87,7 +87,7 @@ class TrainSettings(CoCoMixConfig):
     save_interval: int = 500  # steps between checkpoints; the last step is always saved
     sae_layer: int = 2  # mode all: the SAE reads the teacher after this block, 0-based
     sae_steps: int = 300  # mode all: optimiser steps of the SAE
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: cuda, else cpu
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: cuda, else cpu
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # autocast; auto: bfloat16 on CUDA
     compile: bool = False  # torch.compile the step, for long runs on a GPU: the big presets do
 
@@ -191,7 +191,7 @@ class Setup:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
             sizes["n_concepts"] = len(sae.decoder)
             self.parts["dictionary"] = os.path.relpath(
-                path.with_suffix(".concepts.json"), settings.out)
+                path.with_suffix(".concepts.json").resolve(), Path(settings.out).resolve())
             self.who["sae"] = fingerprint(sae)
             rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by, world.bf16]
 
@@ -209,18 +209,6 @@ class Setup:
             self.step_model = torch.nn.parallel.DistributedDataParallel(
                 self.step_model, gradient_as_bucket_view=True)
 
-    def load(self, step, world):
-        """The passes of a step, [(idx, targets, labels or None)], and its number of valid labels,
-        the mean over passes and ranks."""
-        passes, n_valid = [], torch.zeros((), device=world.device)
-        for i in range(self.passes):
-            numbers = self.data.numbers(step * self.passes + i, self.rows, world.rank, world.size)
-            idx, targets = self.data.batch(numbers, world.device)
-            labels = self.labels(idx, targets, numbers) if self.labels else None
-            passes.append((idx, targets, labels))
-            n_valid += (labels >= 0).sum() if self.labels else 0
-        return passes, world.sum(n_valid).clamp(min=1) / (self.passes * world.size)
-
 
 def train(settings, world):
     """Train one model as `settings` say -> (model, records of its log). Writes out/ckpt.pt and
@@ -230,21 +218,29 @@ def train(settings, world):
         settings.mode, ["ntp_loss"])
     model, step_model = setup.model, setup.step_model
     optimizer = model.configure_optimizer()
-    run = Run(settings.out, "model", identity(settings, FREE, **setup.who), world,
-              {"model": model, "optimizer": optimizer}, setup.parts)
+    run = Run(settings, FREE, setup.who, "model", world, {"model": model, "optimizer": optimizer},
+              setup.parts)
     flops, peak = model.flops_per_token(), peak_flops(world.device)
     if not run.ckpt["log"]:
-        run.write(step=0, tokens=0, parameters=model.num_parameters(), flops_per_token=flops,
-                  identity=run.ckpt["identity"], settings=asdict(settings) | setup.parts["config"],
-                  validation=[setup.val.fingerprint(), settings.block_size, settings.eval_tokens])
+        run.write({"step": 0, "tokens": 0, "parameters": model.num_parameters(),
+                   "flops_per_token": flops, "identity": run.ckpt["identity"],
+                   "settings": asdict(settings) | setup.parts["config"], "validation": [
+                       setup.val.fingerprint(), settings.block_size, settings.eval_tokens]})
     world.print(f"{settings.mode}: {model.num_parameters():,} parameters; a step is {world.size} "
                 f"processes x {setup.passes} passes x {setup.rows} rows of {settings.block_size}")
     for step in run.steps(settings.steps, settings.save_interval, settings.mode):
-        passes, n_valid = setup.load(step, world)
+        passes, n_valid = [], None
+        for i in range(step * setup.passes, (step + 1) * setup.passes):
+            numbers = setup.data.numbers(i, setup.rows, world.rank, world.size)
+            idx, targets = setup.data.batch(numbers, world.device)
+            labels = setup.labels(idx, targets, numbers) if setup.labels else None
+            passes.append((idx, targets, labels))
+        if setup.labels:  # the mean number of valid labels over passes and ranks
+            n_valid = world.sum(sum((labels >= 0).sum() for _, _, labels in passes))
+            n_valid = n_valid.clamp(min=1) / (setup.passes * world.size)
         losses = dict.fromkeys(names, 0.0)
         for i, (idx, targets, labels) in enumerate(passes):
-            if world.size > 1:
-                step_model.require_backward_grad_sync = i == setup.passes - 1
+            step_model.require_backward_grad_sync = i == setup.passes - 1  # read by DDP alone
             with world.autocast():
                 out = step_model(idx, targets, labels, n_valid)
                 loss, extra = out.loss, out.concept_loss
@@ -271,7 +267,7 @@ def train(settings, world):
                 record |= evaluate(model, setup.val, world, settings.eval_tokens, setup.val_labels,
                                    settings.micro_batch or 16)
                 world.print(" | ".join(f"{k} {v:.4g}" for k, v in record.items() if v is not None))
-            run.write(**record)
+            run.write(record)
     return model, run.ckpt["log"]
 
 
@@ -345,8 +341,8 @@ def compare(rows):
         pairs = [(log, rows[baseline][seed][-1]) for seed, log in logs.items()
                  if seed in rows[baseline] and name != baseline]
         gaps = [log[-1]["val_loss"] - end["val_loss"] for log, end in pairs]
-        reached = [(tokens_to(end["val_loss"], log), end["tokens"]) for log, end in pairs]
-        saved = [100 - 100 * t / whole for t, whole in reached if t]
+        saved = [100 - 100 * tokens / end["tokens"] for log, end in pairs
+                 if (tokens := tokens_to(end["val_loss"], log))]
         cells = [name, len(logs), f"{first['parameters']:,}", f"{ends[0]['tokens']:,}",
                  f"{first['flops_per_token'] * ends[0]['tokens']:.2e}",
                  f"{mean(end['seconds'] for end in ends):.0f}",
@@ -360,9 +356,8 @@ def compare(rows):
 def plot(rows, path, level=0.0):
     """A picture of validation loss by training tokens: a colour for each of `rows`, a line for each
     of its seeds; with `level` a line at that loss. ValueError for a format matplotlib lacks."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for number, (name, logs) in enumerate(rows.items()):
         for log in logs.values():
             points = [(r["tokens"], r["val_loss"]) for r in log if "val_loss" in r]
@@ -372,7 +367,7 @@ def plot(rows, path, level=0.0):
         axes.axhline(level, color="gray", linestyle="dashed")
     axes.set(xlabel="training tokens", ylabel="validation loss (nats a token)")
     axes.legend()
-    with explain(f"no picture in {path}", "name a .png or .svg"), atomic(path) as tmp:
+    with explain(f"no picture in {path}", "name a .png or .svg"), atomic(Path(path)) as tmp:
         figure.savefig(tmp, dpi=150)
 
 
@@ -396,9 +391,8 @@ def score(model, context, continuation, world):
     targets = ids[1:][-len(continuation):]
     with world.autocast():
         logits = model(ids[None, :-1]).logits[0, -len(targets):]
-    log_p = logits.float().log_softmax(-1)  # (n,V)
-    greedy = (log_p.argmax(-1) == targets).all()
-    return log_p.gather(-1, targets[:, None]).sum().item(), greedy.item()
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return -loss.item(), torch.equal(logits.argmax(-1), targets)
 
 
 def harness(model, encoding, world):
