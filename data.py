@@ -239,8 +239,8 @@ def text_files(source):
     paths = [p for p in list(root.rglob("*.py" if standard else "*")) or [root] if p.is_file()
              and not any(part[0] == "." or standard and part in NO_CODE
                          for part in p.relative_to(root).parts)
-             and p.stat().st_size and b"\0" not in open(p, "rb").read(8192)]
-    require(paths, f"{root} is no text file, no folder of any, nor "
+             and b"\0" not in open(p, "rb").read(8192)]
+    require(any(map(os.path.getsize, paths)), f"{root} is no text file, no folder of any, nor "
             f"one of {', '.join(KNOWN)}: run `python data.py PATH` on some text")
     return sorted(paths, key=lambda p: hashlib.sha256(
         os.fsencode(p.relative_to(root).as_posix())).digest())
@@ -269,7 +269,8 @@ def documents(source, shards=21):
     size, done = int(ends[-1]), 0  # bytes
     piece = min(1 << 20, size // 80 + 1)
     held_out = {*([p for p in paths if p.name == "val.txt"] or
-                  paths[:np.searchsorted(ends, size / 20)] or [min(paths, key=os.path.getsize)])}
+                  paths[:np.searchsorted(ends, size / 20)] or
+                [min(filter(os.path.getsize, paths), key=os.path.getsize)])}
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines
@@ -399,6 +400,7 @@ class World:
     def __init__(self, device="auto", dtype="auto"):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.signal = self.rank == 0, 0
+        self.print = tqdm.write if self.main else str  # the other ranks say nothing
         self.device = device.replace("auto", "cuda" if torch.cuda.is_available() else "cpu")
         self.bf16 = dtype == "bfloat16" or dtype == "auto" and self.device == "cuda"
         self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=self.bf16)
@@ -421,10 +423,6 @@ class World:
         result = work() if self.main else None
         self.sum(torch.zeros(1))  # wait
         return result if self.main else work()
-
-    def print(self, text):
-        if self.main:
-            tqdm.write(text)
 
 
 class Run:

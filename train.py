@@ -289,7 +289,7 @@ def read_run(folder):
     with explain(f"{folder}/log.jsonl is missing, damaged or no log of train.py",
                  "name the --out folder of a run"):
         lines = Path(folder, "log.jsonl").read_text("utf-8").splitlines()
-        log = [json.loads(line) for line in lines]
+        log = list(map(json.loads, lines))
         steps, at = log[0]["settings"]["steps"], log[-1]["step"]
     require(at == steps,
             f"{folder} is unfinished, at step {at} of {steps}: give its command again")
@@ -484,8 +484,8 @@ def first_report(out, ntp, cocomix, val):
     path, encoding = out / "cocomix/ckpt.pt", get_tokenizer(val.meta)
     ckpt = load_checkpoint(path, "model")
     entries, figures = load_dictionary(path, ckpt), ckpt["log"][-1]
-    numbers = sum(val.spread(32 * val.block_size), [])
-    prompts = val.batch(numbers, cocomix.wte.weight.device)[0][:, :24]
+    idx, _ = val.batch(sum(val.spread(32 * val.block_size), []), cocomix.wte.weight.device)
+    prompts = idx[:, :24]
 
     def continued(model, steer=None):
         torch.manual_seed(1)
