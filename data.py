@@ -124,7 +124,7 @@ def atomic(path):
 
 
 def load_checkpoint(path, kind, mmap=False):
-    """The dict in a checkpoint of `kind` "model" or "sae" (`Run.save`). All of it is read once, for
+    """The dict in a checkpoint of `kind` "model" or "sae" (`Run`). All of it is read once, for
     its checksums; with `mmap` only tensors that are used stay in memory. ValueError if it is
     missing, damaged, foreign, or of another kind."""
     with explain(f"{str(path)!r} is missing, damaged or no checkpoint of kind {kind}",
@@ -270,7 +270,7 @@ def documents(source, shards=21):
     piece = min(1 << 20, size // 80 + 1)
     held_out = {*([p for p in paths if p.name == "val.txt"] or
                   paths[:np.searchsorted(ends, size / 20)] or
-                [min(filter(os.path.getsize, paths), key=os.path.getsize)])}
+                  [min(filter(os.path.getsize, paths), key=os.path.getsize)])}
     for path in paths:
         with open(path, encoding="utf-8", errors="replace", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines

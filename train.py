@@ -165,7 +165,8 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
 # ---- the loop ------------------------------------------------------------------------------------
 
 class Setup:
-    """All that a run trains with: data, teacher, labels, model. ValueError for a misfit."""
+    """All that a run trains with: data, teacher, labels, model; `who` it learns from, and plain
+    `parts` for its checkpoint. ValueError for a misfit."""
 
     def __init__(self, settings, world):
         T = settings.block_size
@@ -179,7 +180,7 @@ class Setup:
         self.who = {"data": self.data.fingerprint()}
         sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
         sizes["vocab_size"] = self.data.meta["vocab_size"]
-        self.parts = {"config": sizes, "settings": asdict(settings), "vocabulary": self.data.meta}
+        self.parts = {"vocabulary": self.data.meta}
         if settings.teacher:
             self.teacher = load_teacher(settings.teacher, world)
             self.who["teacher"], most = fingerprint(self.teacher), self.teacher.config.block_size
@@ -202,6 +203,7 @@ class Setup:
             self.labels, self.val_labels = (
                 Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
                        settings.keep_labels) for windows in (self.data, self.val))
+        self.parts |= {"config": sizes, "settings": asdict(settings) | sizes}
         torch.manual_seed(settings.seed)
         self.model = CoCoMix(CoCoMixConfig(**sizes), self.data.meta).to(world.device)
         self.step_model = torch.compile(self.model) if settings.compile else self.model  # to train
@@ -224,7 +226,7 @@ def train(settings, world):
     if not run.ckpt["log"]:
         run.write({"step": 0, "tokens": 0, "parameters": model.num_parameters(),
                    "flops_per_token": flops, "identity": run.ckpt["identity"],
-                   "settings": asdict(settings) | setup.parts["config"], "validation": [
+                   "settings": setup.parts["settings"], "validation": [
                        setup.val.fingerprint(), settings.block_size, settings.eval_tokens]})
     world.print(f"{settings.mode}: {model.num_parameters():,} parameters; a step is {world.size} "
                 f"processes x {setup.passes} passes x {setup.rows} rows of {settings.block_size}")
