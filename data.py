@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tarfile
@@ -260,7 +261,7 @@ def openwebtext(shards):
 def documents(source, shards=21):
     """Yield (text, held out) of any source in pieces; <|endoftext|> ends a document. Held out are a
     folder's val.txt, or 5 % of the text: a file's end, or the files of a folder whose names hash
-    lowest; of OpenWebText every 2000th document."""
+    lowest; of OpenWebText every 2000th document. ValueError for text that is not UTF-8."""
     if source == "openwebtext":
         yield from zip(openwebtext(shards), cycle([False] * 1999 + [True]))
         return
@@ -272,7 +273,8 @@ def documents(source, shards=21):
                   paths[:np.searchsorted(ends, size / 20)] or
                   [min(filter(os.path.getsize, paths), key=os.path.getsize)])}
     for path in paths:
-        with open(path, encoding="utf-8", errors="replace", newline="") as f:
+        with explain(f"{path} is no UTF-8 text", "convert it, or leave it out"), open(
+                path, encoding="utf-8", newline="") as f:
             while text := f.read(piece) + f.readline(piece):  # whole lines
                 yield text, path in held_out if len(paths) > 1 else done > 0.95 * size
                 done += len(text.encode())
@@ -448,6 +450,8 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(ckpt.pop(name))
             self.ckpt = ckpt | more
+        for killed in self.out.glob(".ckpt.pt.*") if world.main else ():  # halves of saves
+            shutil.rmtree(killed)
         self.write()
 
     def write(self, *records):
