@@ -165,8 +165,7 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
 # ---- the loop ------------------------------------------------------------------------------------
 
 class Setup:
-    """All that a run trains with: data, teacher, labels, model; `who` it learns from, and plain
-    `parts` for its checkpoint. ValueError for a misfit."""
+    """A run's data, teacher, labels and model; `who` and `more` for Run. ValueError for a misfit."""
 
     def __init__(self, settings, world):
         T = settings.block_size
@@ -180,7 +179,7 @@ class Setup:
         self.who = {"data": self.data.fingerprint()}
         sizes = {f.name: getattr(settings, f.name) for f in fields(CoCoMixConfig)}
         sizes["vocab_size"] = self.data.meta["vocab_size"]
-        self.parts = {"vocabulary": self.data.meta}
+        self.more = {"vocabulary": self.data.meta}
         if settings.teacher:
             self.teacher = load_teacher(settings.teacher, world)
             self.who["teacher"], most = fingerprint(self.teacher), self.teacher.config.block_size
@@ -191,7 +190,7 @@ class Setup:
         if settings.sae:
             sae, layer, path = load_sae(settings.sae, self.teacher, world)
             sizes["n_concepts"] = len(sae.decoder)
-            self.parts["dictionary"] = os.path.relpath(
+            self.more["dictionary"] = os.path.relpath(
                 path.with_suffix(".concepts.json").resolve(), Path(settings.out).resolve())
             self.who["sae"] = fingerprint(sae)
             rule = [self.who["teacher"], self.who["sae"], layer, settings.rank_by, world.bf16]
@@ -203,7 +202,7 @@ class Setup:
             self.labels, self.val_labels = (
                 Labels(make, windows, rule, settings.n_labels, len(sae.decoder),
                        settings.keep_labels) for windows in (self.data, self.val))
-        self.parts |= {"config": sizes, "settings": asdict(settings) | sizes}
+        self.more |= {"config": sizes, "settings": asdict(settings) | sizes}
         torch.manual_seed(settings.seed)
         self.model = CoCoMix(CoCoMixConfig(**sizes), self.data.meta).to(world.device)
         self.step_model = torch.compile(self.model) if settings.compile else self.model  # to train
@@ -221,12 +220,12 @@ def train(settings, world):
     model, step_model = setup.model, setup.step_model
     optimizer = model.configure_optimizer()
     run = Run(settings, FREE, setup.who, "model", world, {"model": model, "optimizer": optimizer},
-              setup.parts)
+              setup.more)
     flops, peak = model.flops_per_token(), peak_flops(world.device)
     if not run.ckpt["log"]:
         run.write({"step": 0, "tokens": 0, "parameters": model.num_parameters(),
                    "flops_per_token": flops, "identity": run.ckpt["identity"],
-                   "settings": setup.parts["settings"], "validation": [
+                   "settings": setup.more["settings"], "validation": [
                        setup.val.fingerprint(), settings.block_size, settings.eval_tokens]})
     world.print(f"{settings.mode}: {model.num_parameters():,} parameters; a step is {world.size} "
                 f"processes x {setup.passes} passes x {setup.rows} rows of {settings.block_size}")
