@@ -165,7 +165,7 @@ def evaluate(model, windows, world, tokens=0, labels=None, rows=16):
 # ---- the loop ------------------------------------------------------------------------------------
 
 class Setup:
-    """A run's data, teacher, labels and model; `who` and `more` for Run. ValueError for a misfit."""
+    """A run's data, teacher, labels, model; `who` and `more` for Run. ValueError for a misfit."""
 
     def __init__(self, settings, world):
         T = settings.block_size
