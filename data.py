@@ -294,7 +294,7 @@ def prepare(settings):
     require(not out.exists(), f"{out} is there already: remove it, or name another --out")
     with atomic(out) as tmp:
         tmp.mkdir()
-        tokenizer = settings.tokenizer or KNOWN.get(source, ["bpe"])[0]
+        tokenizer = settings.tokenizer or KNOWN.get(source, ("bpe", ""))[0]
         if tokenizer == "bpe":
             require(257 <= settings.vocab_size <= 8192,
                     f"--vocab_size {settings.vocab_size}: bpe takes 257 to 8192")
